@@ -34,6 +34,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -466,14 +467,6 @@ def median_step_ms(marks):
     return float(np.median(steps[2:] or steps))
 
 
-def as_time(seconds):
-    """Seconds as people say them: 45 s, 12 min, 3 h 05 min."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def train_epoch(run, phase, epoch, args, estimate):
     """One epoch; returns its row of metrics.csv. All it draws follows from (seed, phase, epoch).
 
@@ -498,8 +491,8 @@ def train_epoch(run, phase, epoch, args, estimate):
         marks.append(time_mark(device))
         if estimate and i + 1 == min(10, steps):
             ms = median_step_ms(marks)
-            left = as_time(epochs_left(phase, epoch - 1, args) * steps * ms / 1000)
-            print(f"{ms:.0f} ms a step: about {left} to go", flush=True)
+            seconds = round(epochs_left(phase, epoch - 1, args) * steps * ms / 1000)
+            say(f"{ms:.0f} ms a step: about {timedelta(seconds=seconds)} to go")
         if sys.stdout.isatty() and time.perf_counter() - shown > 0.5:
             shown = time.perf_counter()
             print(f"\r{phase} {epoch}: step {i + 1} of {steps}\033[K", end="", flush=True)
@@ -512,6 +505,11 @@ def train_epoch(run, phase, epoch, args, estimate):
     return {**row, "seconds": time.perf_counter() - started}
 
 
+def say(text):
+    """Prints a line, on a terminal over the live line."""
+    print("\r\033[K" + text if sys.stdout.isatty() else text, flush=True)
+
+
 def epochs_left(phase, epoch, args):
     """Epochs of both phases still to come after this one."""
     return args.epochs - epoch + (args.epochs if phase == "pretrain" else 0)
@@ -521,11 +519,10 @@ def print_row(row, seconds_left, header):
     """An aligned line for an epoch; header: the columns' names above it."""
     names = [name for name in row if name not in ("phase", "epoch", "seconds")]
     if header:
-        print("phase    epoch " + " ".join(f"{name:>8}" for name in names) + "  time left")
+        say("phase    epoch " + " ".join(f"{name:>8}" for name in names) + "  time left")
     digits = {"accuracy": 2, "ms_per_step": 1}
     values = " ".join(f"{row[name]:{max(8, len(name))}.{digits.get(name, 4)}f}" for name in names)
-    line = f"{row['phase']} {row['epoch']:5} {values}  {as_time(seconds_left)}"
-    print("\r\033[K" + line if sys.stdout.isatty() else line, flush=True)  # over the live line
+    say(f"{row['phase']} {row['epoch']:5} {values}  {timedelta(seconds=round(seconds_left))}")
 
 
 def tables(result):
@@ -714,19 +711,19 @@ def announce(run, args):
     if run.checkpoint:
         state = f"going on after {run.checkpoint['phase']} epoch {run.checkpoint['epoch']}"
     phases = f"{args.epochs} epochs" if args.pretrained else f"{args.epochs} + {args.epochs} epochs"
-    print(f"{TITLE} + SCAR")
-    print(f"  data       {run.data}: {args.num_labeled:,} labeled and {len(run.unlabeled):,} "
-          f"unlabeled training images, {len(run.scored[0]):,} to score on "
-          f"({'validation' if args.val else 'test'})")  # fmt: skip
     parameters = sum(p.numel() for p in run.model.parameters())
-    print(f"  network    WRN-{args.depth}-{args.width}, {parameters:,} parameters, "
-          f"from {args.pretrained or 'random weights'}")  # fmt: skip
-    print(f"  training   {phases} of {args.steps_per_epoch} steps, each with {args.batch_size} "
-          f"labeled and {args.batch_size * args.mu} unlabeled images")  # fmt: skip
-    print(f"  selection  {args.select}, eps {args.eps:g}/255")
+    say(f"{TITLE} + SCAR")
+    say(f"  data       {run.data}: {args.num_labeled:,} labeled, {len(run.unlabeled):,} unlabeled "
+        f"training images, scored on {len(run.scored[0]):,} "
+        f"{'validation' if args.val else 'test'} images")  # fmt: skip
+    say(f"  network    WRN-{args.depth}-{args.width}, {parameters:,} parameters, "
+        f"from {args.pretrained or 'random weights'}")  # fmt: skip
+    say(f"  training   {phases} of {args.steps_per_epoch} steps, {args.batch_size} labeled and "
+        f"{args.batch_size * args.mu} unlabeled images each")  # fmt: skip
+    say(f"  selection  {args.select}, eps {args.eps:g}/255")
     compiled = ", compiled" if args.compile else ""
-    print(f"  device     {device_name(args)}, {args.precision}{compiled}")
-    print(f"  folder     {run.out} ({state})", flush=True)
+    say(f"  device     {device_name(args)}, {args.precision}{compiled}")
+    say(f"  folder     {run.out} ({state})")
 
 
 def select(run, args):
@@ -737,14 +734,14 @@ def select(run, args):
     started = time.perf_counter()
     x, y = run.scored
     found = {"pretrain_accuracy": evaluate(run.average, x, y), "table2": []}
-    print(f"theta~ attacked on the {len(x):,} scored images (Table 2)", flush=True)
+    say(f"theta~ attacked on the {len(x):,} scored images (Table 2)")
     for eps in sorted({args.eps, *args.table2_eps}):
         stats = selection_stats(*select_clean(run.average, x, eps / 255), y)
         found["table2"].append({"eps": eps, **stats})
-        print(f"  eps {eps:g}: kept {stats['kept']:,}, {stats['kept_correct']:,} right", flush=True)
+        say(f"  eps {eps:g}: kept {stats['kept']:,}, {stats['kept_correct']:,} of them right")
 
     x, y = run.images[run.unlabeled], run.true_labels[run.unlabeled]
-    print(f"theta~ attacked on the {len(x):,} unlabeled images", flush=True)
+    say(f"theta~ attacked on the {len(x):,} unlabeled images")
     keep, pseudo = select_clean(run.average, x, args.eps / 255)
     if args.select == "none":
         keep = torch.zeros_like(keep)
@@ -752,8 +749,8 @@ def select(run, args):
         keep = select_confident(run.average, x, int(keep.sum()))
     stats = selection_stats(keep, pseudo, y)
     share = 100 * stats["kept"] / len(x)
-    print(f"  {args.select}: kept {stats['kept']:,} ({share:.2f} %), {stats['kept_correct']:,} of "
-          f"them right ({stats['sensitivity']:.2f} %)", flush=True)  # fmt: skip
+    say(f"  {args.select}: kept {stats['kept']:,} ({share:.2f} %), {stats['kept_correct']:,} of "
+        f"them right ({stats['sensitivity']:.2f} %)")  # fmt: skip
     found["selection"] = {
         "unlabeled": len(x),
         **{name: stats[name] for name in ("kept", "kept_correct", "rejected", "rejected_wrong")},

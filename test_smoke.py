@@ -476,8 +476,8 @@ def test_select_confident_takes_the_surest(script):
 
 
 # Rows of Table 2: kept correct, kept, rejected wrong, rejected, and the percentages as printed. Two
-# do not add up in the paper and are left out: MixMatch (6124 + 3879 is not 10,000), and VAT at eps 4
-# (its specificity, 1396/5205, is 26.82 and not 26.81).
+# do not add up in the paper and are left out: MixMatch (6124 + 3879 is not 10,000), and VAT at
+# eps 4 (its specificity, 1396/5205, is 26.82 and not 26.81).
 PAPER_COUNTS = [
     (7587, 8227, 835, 1773, 92.22, 47.10),
     (6543, 6833, 1185, 3167, 95.76, 37.42),
