@@ -657,6 +657,7 @@ def prepare(args):
     torch.backends.cudnn.benchmark = True
     device = torch.device(args.device)
 
+    say(f"loading {data}")
     x, y, x_scored, y_scored = load_images(args.data, args.data_dir)
     labeled, unlabeled = split_labeled(y, args.num_labeled, args.seed)
     if args.val:

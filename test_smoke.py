@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -423,6 +424,37 @@ def test_fixmatch_schedule_optimizer_and_average():
         torch.testing.assert_close(
             tensor, 0.9 * before[name] + 0.1 * theirs if tensor.is_floating_point() else theirs
         )
+
+
+def test_training_step_by_hand():
+    """Two steps of SGD with Nesterov momentum and decay on one weight matrix, and their average."""
+    args = fixmatch_scar.parse_args(["--epochs", "1", "--steps-per-epoch", "4", "--lr", "0.1"])
+    model, average = nn.Linear(3, 2), nn.Linear(3, 2)
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *average.parameters()):
+            parameter.fill_(1.0)
+    run = SimpleNamespace(
+        model=model,
+        average=average,
+        optimizer=fixmatch_scar.make_optimizer(model, args),
+        # gradient 2 everywhere
+        batch_loss=lambda model, *_: (2 * sum(p.sum() for p in model.parameters()), {"rate": 3}),
+    )
+    weight, bias, momenta, averaged = 1.0, 1.0, [0.0, 0.0], [1.0, 1.0]
+    for step in range(2):
+        metrics = fixmatch_scar.training_step(run, None, None, None, step, "pretrain", args)
+        assert metrics["loss"].item() == pytest.approx(2 * (6 * weight + 2 * bias))
+        assert metrics["rate"] == 3 and not metrics["loss"].requires_grad
+        lr = 0.1 * math.cos(7 * math.pi * step / (16 * 4))
+        gradients = [2 + 5e-4 * weight, 2.0]
+        momenta = [0.9 * m + g for m, g in zip(momenta, gradients)]
+        weight -= lr * (gradients[0] + 0.9 * momenta[0])
+        bias -= lr * (gradients[1] + 0.9 * momenta[1])
+        decay = (1 + step) / (10 + step)
+        averaged = [decay * a + (1 - decay) * b for a, b in zip(averaged, (weight, bias))]
+    for module, expected in ((model, (weight, bias)), (average, averaged)):
+        torch.testing.assert_close(module.weight, torch.full((2, 3), expected[0]))
+        torch.testing.assert_close(module.bias, torch.full((2,), expected[1]))
 
 
 # --------------------------------------------------------------------------------- SCAR's selection
