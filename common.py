@@ -114,9 +114,12 @@ def load_images(data, data_dir):
 
 
 def _load_cifar10(data_dir, train):
+    folder_is_new = not Path(data_dir).exists()
     try:
         dataset = CIFAR10(data_dir, train, download=True)
     except (OSError, RuntimeError) as error:
+        if folder_is_new and Path(data_dir).exists() and not any(Path(data_dir).iterdir()):
+            Path(data_dir).rmdir()
         raise ValueError(
             f"CIFAR-10 is not in {data_dir} and could not be downloaded ({error}): put "
             "cifar-10-python.tar.gz there, or use --data folder with images of your own, "
@@ -244,8 +247,8 @@ def fgsm(model, x, y, eps):
 
     x_adv = clip(x + eps * sign(gradient of cross_entropy(model(x), y) with respect to x), 0, 1)
     x: float32 [N, 3, H, W] in [0, 1]; y: int64 [N]; eps: on the scale of x. Returns x_adv like x.
-    The model runs in eval mode, in float32 without TF32 or autocast, and comes back as it was: the
-    mode of every submodule, batch-norm statistics, parameters' gradients.
+    The model (not a compiled one) runs in eval mode, in float32 without TF32 or autocast, and comes
+    back as it was: the mode of every submodule, batch-norm statistics, parameters' gradients.
     Source: PAPER, equation 3 with one step of alpha = eps from x (Algorithm 1, line 6).
     """
     modes = [(module, module.training) for module in model.modules()]

@@ -33,16 +33,16 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import PIL
 import torch
 import torch.nn.functional as F
-import torchvision
 from torchvision.utils import make_grid, save_image
 
 from common import WideResNet, fgsm, load_images, split_labeled
@@ -112,6 +112,7 @@ def parse_args(argv=None):
         (0 < args.threshold <= 1, "--threshold must be above 0 and at most 1"),
         (0 <= args.eps <= 255, "--eps is in units of 1/255 and must be between 0 and 255"),
         (all(0 <= eps <= 255 for eps in args.table2_eps), "--table2-eps must be between 0 and 255"),
+        (args.pretrained != "", "--pretrained needs the path of a pretrain.pt"),
     ]:
         if not fine:
             parser.error(problem)
@@ -311,7 +312,7 @@ def select_clean(model, x, eps):
     """
     keep, pseudo = [], []
     with eval_mode(model), torch.no_grad():
-        for chunk in x.split(2000):
+        for chunk in x.split(CHUNK):
             chunk = to_float(chunk)
             label = model(chunk).argmax(dim=1)  # line 5
             attacked = fgsm(model, chunk, label, eps)  # line 6
@@ -328,7 +329,7 @@ def select_confident(model, x, count):
     """
     log_odds = []
     with eval_mode(model), torch.no_grad():
-        for chunk in x.split(2000):
+        for chunk in x.split(CHUNK):
             logits = model(to_float(chunk))
             top, label = logits.max(dim=1)
             log_odds.append(top - logits.scatter(1, label[:, None], -torch.inf).logsumexp(dim=1))
@@ -418,6 +419,7 @@ def training_step(run, x_l, y_l, x_u, step, phase, args):
 
 PHASES = ("pretrain", "finetune")
 STATEFUL = ("model", "average", "optimizer")
+CHUNK = 500  # images that go through the network together when it is not trained
 MAY_CHANGE = {"device", "out", "data_dir", "compile", "tensorboard"}  # when a run is resumed
 
 
@@ -433,12 +435,15 @@ def eval_mode(model):
             module.training = training
 
 
-@torch.no_grad()
+def predict(model, x):
+    """Labels, int64 [N], that the model in eval mode gives to uint8 images [N, 3, H, W]."""
+    with eval_mode(model), torch.no_grad():
+        return torch.cat([model(to_float(chunk)).argmax(dim=1) for chunk in x.split(CHUNK)])
+
+
 def evaluate(model, x, y):
     """Accuracy in percent on uint8 images [N, 3, H, W] with labels int64 [N], in eval mode."""
-    with eval_mode(model):
-        prediction = torch.cat([model(to_float(chunk)).argmax(dim=1) for chunk in x.split(2000)])
-    return 100 * int((prediction == y).sum()) / len(x)
+    return 100 * int((predict(model, x) == y).sum()) / len(x)
 
 
 def draw_batches(pool, count, size, generator):
@@ -474,10 +479,12 @@ def train_epoch(run, phase, epoch, args, estimate):
     loss is not finite.
     """
     device, steps, started = run.images.device, args.steps_per_epoch, time.perf_counter()
-    seed = int(np.random.SeedSequence([args.seed, PHASES.index(phase), epoch]).generate_state(1)[0])
-    torch.manual_seed(seed)
+    seeds = (
+        np.random.SeedSequence([args.seed, PHASES.index(phase), epoch]).generate_state(2).tolist()
+    )
+    torch.manual_seed(seeds[0])
     # batches have a generator of their own, so that a larger labeled set moves no augmentation
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seeds[1])
     batches_u = draw_batches(run.unlabeled, steps, args.batch_size * args.mu, generator)
     labeled = torch.nonzero(run.labels >= 0).squeeze(1)
     batches_l = draw_batches(labeled, steps, args.batch_size, generator)
@@ -529,10 +536,11 @@ def tables(result):
     """A run's rows of Table 1 and Table 2 beside the paper's, as text; result: see result.json."""
     args, select = result["args"], result["select"]
     added = {"fgsm": "SCAR", "none": "nothing (control)", "confidence": "most confident"}[select]
+    before = f"epochs of {args['pretrained']}" if args["pretrained"] else args["epochs"]
     paper = (PAPER_TABLE1[0], PAPER_TABLE1[1] if select == "fgsm" else "")
     lines = [
         f"{result['data']}, {result['scored_on']} images, {args['num_labeled']} labels, "
-        f"WRN-{args['depth']}-{args['width']}, {args['epochs']} + {args['epochs']} epochs of "
+        f"WRN-{args['depth']}-{args['width']}, {before} + {args['epochs']} epochs of "
         f"{args['steps_per_epoch']} steps, seed {result['seed']}\n",
         f"{'Table 1: accuracy (%)':32}{'paper':>8}{'here':>8}",
         f"{TITLE:32}{paper[0]:>8}{result['pretrain_accuracy']:8.2f}",
@@ -629,7 +637,7 @@ def find_run(out, given):
 
 
 def prepare(args):
-    """Everything before training, and no file written: the run as a SimpleNamespace.
+    """Everything before training: the run as a SimpleNamespace. Makes the run folder, empty.
 
     Settles args.out, .device, .precision and .compile. Raises ValueError or OSError, one sentence.
     """
@@ -638,7 +646,7 @@ def prepare(args):
     if args.out is None:
         args.out = f"runs/{METHOD}__{data}__{args.select}-eps{args.eps:g}__seed{args.seed}"
     result, checkpoint = find_run(Path(args.out), given)
-    if result:
+    if result is not None:
         return SimpleNamespace(out=Path(args.out), result=result)
 
     cuda = torch.cuda.is_available()
@@ -655,10 +663,17 @@ def prepare(args):
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs tensorboard; install it, or leave the option out")
     torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; matrix products have it off already
     device = torch.device(args.device)
+    pretrained = load(args.pretrained) if args.pretrained and not checkpoint else None
 
     say(f"loading {data}")
     x, y, x_scored, y_scored = load_images(args.data, args.data_dir)
+    fingerprint = zlib.crc32(y.numpy(), zlib.crc32(x.numpy()))
+    if checkpoint and checkpoint["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"--data-dir {args.data_dir} has other images than those {args.out} began with"
+        )
     labeled, unlabeled = split_labeled(y, args.num_labeled, args.seed)
     if args.val:
         try:
@@ -672,21 +687,22 @@ def prepare(args):
 
     torch.manual_seed(args.seed)
     model = WideResNet(int(y.max()) + 1, args.depth, args.width)
-    if args.pretrained and not checkpoint:
-        weights = load(args.pretrained)
+    if pretrained is not None:
         try:
-            model.load_state_dict(weights)
+            model.load_state_dict(pretrained)
         except (RuntimeError, TypeError, AttributeError):
             raise ValueError(
                 f"--pretrained {args.pretrained} does not hold the weights of a WRN-{args.depth}-"
                 f"{args.width} for {int(y.max()) + 1} classes"
             ) from None
     model = model.to(device, memory_format=torch.channels_last)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     return SimpleNamespace(
         out=Path(args.out),
         result=None,
         given=given,
         checkpoint=checkpoint,
+        fingerprint=fingerprint,  # of the training images and their labels
         data={"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG)"}.get(data, data),
         images=x.to(device),  # uint8 [N, 3, 32, 32]
         true_labels=y.to(device),  # int64 [N], for the report alone
@@ -742,16 +758,19 @@ def select(run, args):
         say(f"  eps {eps:g}: kept {stats['kept']:,}, {stats['kept_correct']:,} of them right")
 
     x, y = run.images[run.unlabeled], run.true_labels[run.unlabeled]
-    say(f"theta~ attacked on the {len(x):,} unlabeled images")
-    keep, pseudo = select_clean(run.average, x, args.eps / 255)
     if args.select == "none":
-        keep = torch.zeros_like(keep)
-    elif args.select == "confidence":
+        pseudo = predict(run.average, x)
+        keep = torch.zeros_like(pseudo, dtype=torch.bool)
+    else:
+        say(f"theta~ attacked on the {len(x):,} unlabeled images")
+        keep, pseudo = select_clean(run.average, x, args.eps / 255)
+    if args.select == "confidence":
         keep = select_confident(run.average, x, int(keep.sum()))
     stats = selection_stats(keep, pseudo, y)
     share = 100 * stats["kept"] / len(x)
-    say(f"  {args.select}: kept {stats['kept']:,} ({share:.2f} %), {stats['kept_correct']:,} of "
-        f"them right ({stats['sensitivity']:.2f} %)")  # fmt: skip
+    right = f"{stats['kept_correct']:,} of them right ({stats['sensitivity']:.2f} %)"
+    added = f"{stats['kept']:,} images ({share:.2f} %), {right}" if stats["kept"] else "nothing"
+    say(f"  {args.select} adds {added}")
     found["selection"] = {
         "unlabeled": len(x),
         **{name: stats[name] for name in ("kept", "kept_correct", "rejected", "rejected_wrong")},
@@ -765,7 +784,6 @@ def select(run, args):
 def train(run, args, command):
     """Both phases, from wherever the run stands. Returns what result.json holds."""
     announce(run, args)
-    run.out.mkdir(parents=True, exist_ok=True)
     save(json.dumps(run.given, indent=1), run.out / "args.json")
     shutil.copy(__file__, run.out)
     board = None
@@ -775,8 +793,9 @@ def train(run, args, command):
         board = SummaryWriter(run.out)
 
     start = "finetune" if args.pretrained else "pretrain"
-    state = run.checkpoint or {"phase": start, "epoch": 0, "rows": [], "found": None}
+    state = {"phase": start, "epoch": 0, "rows": [], "found": None, "fingerprint": run.fingerprint}
     if run.checkpoint:
+        state = run.checkpoint
         for name in STATEFUL:
             getattr(run, name).load_state_dict(state[name])
         run.labels.copy_(state["labels"])
@@ -828,8 +847,7 @@ def train(run, args, command):
         "ranks": 1,
         "versions": {
             "python": platform.python_version(),
-            **{m.__name__: m.__version__ for m in (torch, torchvision, np)},
-            "pillow": PIL.__version__,
+            **{name: version(name) for name in ("torch", "torchvision", "numpy", "pillow")},
         },
         "command": command,
         "args": vars(args),
@@ -853,7 +871,7 @@ def main(argv=None):
     run = None
     try:
         run = prepare(args)
-        result = run.result or train(run, args, command)
+        result = train(run, args, command) if run.result is None else run.result
     except KeyboardInterrupt as signal_received:
         code = 143 if signal_received.args else 130
         leave(code, "stopped; the same command goes on after the last finished epoch")

@@ -233,6 +233,24 @@ def test_fgsm_moves_images_of_a_very_confident_model():
     torch.testing.assert_close(attacked, torch.full_like(x, 0.4))
 
 
+def test_fgsm_computes_in_full_precision():
+    """Whatever the caller does: autocast around it, TF32 allowed."""
+
+    class Witness(nn.Conv2d):
+        def forward(self, x):
+            backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+            seen.append([backend.fp32_precision for backend in backends])
+            return super().forward(x).mean((2, 3))
+
+    torch.manual_seed(0)
+    seen, model, x, y = [], Witness(3, 10, 3), torch.rand(4, 3, 8, 8), torch.arange(4)
+    expected = fgsm(model, x, y, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        attacked = fgsm(model, x, y, 0.1)
+    assert attacked.dtype == torch.float32 and torch.equal(attacked, expected)
+    assert seen == [["ieee", "ieee"]] * 2
+
+
 def test_fgsm_leaves_the_model_as_it_was():
     model = WideResNet(10, 10, 1).train()
     model.blocks[1].eval()  # a frozen block
@@ -400,6 +418,38 @@ def test_fixmatch_loss_and_gradient_sample_by_sample():
         metrics["loss_labeled"] + lambda_u * metrics["loss_unlabeled"], loss.detach()
     )
     assert not any(metric.requires_grad for metric in metrics.values())
+
+
+def test_fixmatch_mask_includes_the_threshold():
+    class Undecided(nn.Module):  # two equal logits: a confidence of exactly 1/2
+        def forward(self, x):
+            return torch.zeros(len(x), 2)
+
+    x = torch.zeros(4, 3, 8, 8)
+    for threshold, rate in ((0.5, 1.0), (0.51, 0.0)):
+        _, metrics = fixmatch_loss(Undecided(), x, torch.zeros(4).long(), x, x, threshold, 1.0)
+        assert metrics["mask_rate"] == rate
+
+
+def test_batch_loss_hands_each_view_to_its_place(monkeypatch):
+    seen = {}
+
+    def spy(model, x_l, y_l, x_weak, x_strong, threshold, lambda_u):
+        seen.update(x_l=x_l, y_l=y_l, weak=x_weak, strong=x_strong, t=threshold, u=lambda_u)
+
+    monkeypatch.setattr(fixmatch_scar, "fixmatch_loss", spy)
+    monkeypatch.setattr(fixmatch_scar, "weak_augment", lambda x: x + 1)
+    monkeypatch.setattr(fixmatch_scar, "strong_augment", lambda x: x + 2)
+    args = fixmatch_scar.parse_args(["--threshold", "0.8"])
+    x_l = torch.full((2, 3, 4, 4), 10, dtype=torch.uint8)
+    x_u = torch.full((6, 3, 4, 4), 20, dtype=torch.uint8)
+    fixmatch_scar.batch_loss(None, x_l, torch.tensor([3, 4]), x_u, 0.3, args)
+    shapes = {
+        name: (len(seen[name]), round(255 * seen[name].mean().item(), 3))
+        for name in ("x_l", "weak", "strong")
+    }
+    assert shapes == {"x_l": (2, 11), "weak": (6, 21), "strong": (6, 22)}
+    assert seen["y_l"].tolist() == [3, 4] and (seen["t"], seen["u"]) == (0.8, 0.3)
 
 
 def test_fixmatch_schedule_optimizer_and_average():
@@ -615,6 +665,10 @@ def test_resumed_run_is_the_uninterrupted_one(script, few_images, tmp_path, monk
         ("finetune", "2"),
     ]
 
+    # the schedule starts again with fine-tuning; the row has the rate of the epoch's last step
+    expected = [0.03 * math.cos(7 * math.pi * step / (16 * 8)) for step in (3, 7, 3, 7)]
+    assert [float(row["lr"]) for row in first] == pytest.approx(expected)
+
     # a finished run shows its result and trains no more
     interrupt_at(monkeypatch, script, "training_step", 1)
     assert script.main(command) == in_pieces
@@ -625,13 +679,18 @@ def test_resumed_run_is_the_uninterrupted_one(script, few_images, tmp_path, monk
 def test_fine_tunings_from_one_pretraining_differ_in_the_selection_alone(
     script, few_images, tmp_path, monkeypatch
 ):
-    unlabeled_batches = {}
+    unlabeled_batches, at_start = {}, {}
     original = script.training_step
 
     def spy(run, x_l, y_l, x_u, step, phase, args):
-        unlabeled_batches.setdefault((args.select, args.eps, phase), []).append(
-            (x_u, torch.get_rng_state())
-        )
+        key = args.select, args.eps, phase
+        unlabeled_batches.setdefault(key, []).append((x_u, torch.get_rng_state()))
+        if key not in at_start:
+            weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+            average = {name: tensor.clone() for name, tensor in run.average.state_dict().items()}
+            momentum = len(run.optimizer.state)
+            at_start[key] = step, run.labels.clone(), weights, average, momentum
+        assert (y_l >= 0).all()
         return original(run, x_l, y_l, x_u, step, phase, args)
 
     monkeypatch.setattr(script, "training_step", spy)
@@ -654,8 +713,73 @@ def test_fine_tunings_from_one_pretraining_differ_in_the_selection_alone(
             batches, unlabeled_batches["fgsm", 2.0, "finetune"], strict=True
         ):
             assert torch.equal(x_u, x_first) and torch.equal(state, state_first)
+
+    # each starts from theta~, with a new optimizer, knowing the true labels and those of the kept
+    theta = WideResNet(10, 10, 1)
+    theta_weights = torch.load(tmp_path / "fgsm2" / "pretrain.pt", weights_only=True)
+    theta.load_state_dict(theta_weights)
+    x, y = few_images[:2]
+    labeled, pool = split_labeled(y, 100, 0)
+    for select, eps in results:
+        keep, pseudo = script.select_clean(theta, x[pool], eps / 255)
+        if select == "none":
+            keep[:] = False
+        if select == "confidence":
+            keep = script.select_confident(theta, x[pool], int(keep.sum()))
+        known = torch.full_like(y, -1)
+        known[labeled], known[pool[keep]] = y[labeled], pseudo[keep]
+        step, labels, weights, average, momentum = at_start[select, eps, "finetune"]
+        assert step == 0 and momentum == 0 and torch.equal(labels, known)
+        for name, tensor in theta_weights.items():
+            assert torch.equal(weights[name], tensor) and torch.equal(average[name], tensor)
+    known_before = at_start["fgsm", 2.0, "pretrain"][1] >= 0
+    assert torch.nonzero(known_before).squeeze(1).tolist() == labeled.tolist()
     rows = read_rows(tmp_path / "none2")
     assert [row["phase"] for row in rows] == ["finetune", "finetune"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_epoch_phase_and_seed_draws_its_own(script, few_images, tmp_path, monkeypatch):
+    first_batches = []
+    original = script.training_step
+
+    def spy(run, x_l, y_l, x_u, step, phase, args):
+        if step % args.steps_per_epoch == 0:
+            first_batches.append(x_u.numpy().tobytes())
+        return original(run, x_l, y_l, x_u, step, phase, args)
+
+    monkeypatch.setattr(script, "training_step", spy)
+    for seed in ("0", "1"):
+        options = ["--seed", seed, "--table2-eps", "1", "--out", str(tmp_path / seed)]
+        script.main([*SMALL.split(), *options])
+    assert len(first_batches) == len(set(first_batches)) == 8
+    weights = [torch.load(tmp_path / seed / "pretrain.pt", weights_only=True) for seed in "01"]
+    assert not torch.equal(weights[0]["conv.weight"], weights[1]["conv.weight"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_sigterm_stops_with_a_sentence(script, few_images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "train_epoch", lambda *args, **kwargs: script.stop(15, None))
+    with pytest.raises(SystemExit) as stopped:
+        script.main([*SMALL.split(), "--out", str(tmp_path / "run")])
+    assert stopped.value.code == 143
+    assert (
+        capsys.readouterr().err
+        == "stopped; the same command goes on after the last finished epoch\n"
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resuming_with_other_images_is_refused(script, few_images, tmp_path, monkeypatch, capsys):
+    command = [*SMALL.split(), "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt_at(patch, script, "training_step", 6)
+        script.main(command)
+    x_train, y_train, x_test, y_test = few_images
+    other = x_train.flip(0), y_train.flip(0), x_test, y_test
+    monkeypatch.setattr(script, "load_images", lambda data, data_dir: other)
+    capsys.readouterr()
+    assert "other images" in refusal(capsys, *command, script=script)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -843,6 +967,7 @@ def refusal(capsys, *argv, script=fixmatch_scar, code=2):
         ("--val 5", "--val 5: "),
         ("--data imagenet", "imagenet"),
         ("--epoch 3", "--epoch"),
+        ("--pretrained=", "--pretrained"),
         ("--pretrained nowhere/pretrain.pt", "nowhere/pretrain.pt"),
         ("--pretrained README.md", "README.md"),
     ],
@@ -862,13 +987,14 @@ def test_refuses_cuda_without_one(tmp_path, capsys):
 
 
 def test_refuses_missing_cifar10(tmp_path, monkeypatch, capsys):
-    def no_network(*args, **kwargs):
+    def no_network(root, *args, **kwargs):
+        Path(root).mkdir()  # as torchvision does first
         raise OSError("no network")
 
     monkeypatch.setattr(common, "CIFAR10", no_network)
     sentence = refusal(capsys, "--data-dir", tmp_path / "data", "--out", tmp_path / "run")
     assert "--data synthetic" in sentence and "--data folder" in sentence
-    assert not (tmp_path / "run").exists()
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -950,7 +1076,7 @@ def test_stops_when_the_loss_is_not_finite(few_images, tmp_path, capsys):
 def test_script_keeps_the_rules(script):
     """It imports the three packages alone, fits 100 columns, and documents every function."""
     text = Path(script.__file__).read_text()
-    allowed = {*sys.stdlib_module_names, "torch", "torchvision", "numpy", "PIL", "common"}
+    allowed = {*sys.stdlib_module_names, "torch", "torchvision", "numpy", "common"}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= allowed
