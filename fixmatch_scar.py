@@ -50,6 +50,7 @@ from common import WideResNet, fgsm, load_images, split_labeled
 METHOD, TITLE = "fixmatch", "FixMatch"
 PAPER_TABLE1 = ("94.13", "95.17")  # accuracy (%) without and with SCAR
 PAPER_TABLE2 = {1.0: ("99.59 (6385/6411)", "15.63 (561/3589)")}  # eps: sensitivity, specificity
+CHUNK = 500  # images at a time through a network that is not being trained
 
 # ==================================================================================================
 # The method: arguments, augmentation, FixMatch's loss, SCAR's selection, the training step
@@ -419,7 +420,6 @@ def training_step(run, x_l, y_l, x_u, step, phase, args):
 
 PHASES = ("pretrain", "finetune")
 STATEFUL = ("model", "average", "optimizer")
-CHUNK = 500  # images that go through the network together when it is not trained
 MAY_CHANGE = {"device", "out", "data_dir", "compile", "tensorboard"}  # when a run is resumed
 
 
