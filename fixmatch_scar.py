@@ -582,7 +582,9 @@ def save(content, path):
     if isinstance(content, str):
         partial.write_text(content)
     else:
-        torch.save(content, partial)
+        buffer = io.BytesIO()  # written by Python, a full disk is an OSError
+        torch.save(content, buffer)
+        partial.write_bytes(buffer.getbuffer())
     os.replace(partial, path)
 
 

@@ -1063,6 +1063,19 @@ def test_refuses_a_folder_that_is_not_this_run(few_images, tmp_path, capsys):
     )
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_keeps_the_last_checkpoint(few_images, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt_at(patch, fixmatch_scar, "training_step", 6)
+        fixmatch_scar.main([*SMALL.split(), "--out", str(out)])
+    before = (out / "checkpoint.pt").read_bytes()
+    (out / "checkpoint.pt.partial").symlink_to("/dev/full")
+    capsys.readouterr()
+    assert "No space left" in refusal(capsys, *SMALL.split(), "--out", out, code=1)
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+
 def test_stops_when_the_loss_is_not_finite(few_images, tmp_path, capsys):
     with np.errstate(all="ignore"):
         sentence = refusal(capsys, *SMALL.split(), "--lr", 1e30, "--out", tmp_path / "run", code=1)
