@@ -191,12 +191,10 @@ def test_split_is_balanced_disjoint_and_complete():
 
 
 @pytest.mark.parametrize(
-    "num_labeled, sentence", [(3, "too few"), (12, "class 2 has 2 images"), (22, "no unlabeled")]
+    "num_labeled, sentence", [(2, "too few"), (12, "class 2 has 2 images"), (22, "no unlabeled")]
 )
 def test_split_refuses(num_labeled, sentence):
     y = torch.tensor([0] * 10 + [1] * 10 + [2] * 2)
-    if num_labeled == 3:
-        num_labeled = 2
     with pytest.raises(ValueError, match=sentence):
         split_labeled(y, num_labeled, 0)
 
@@ -899,7 +897,7 @@ def test_whole_run_on_cuda(script, few_images, tmp_path):
         result = script.main(
             [*SMALL.split(), "--device", "cuda", compiled, "--table2-eps", "1", "--out", str(out)]
         )
-        assert result["peak_memory_gib"] > 0 and result["final_accuracy"] >= 0
+        assert result["peak_memory_gib"] > 0
 
 
 @needs_cuda
