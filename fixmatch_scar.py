@@ -362,6 +362,11 @@ def selection_stats(keep, pseudo, y):
     }
 
 
+def unlabeled_batch_size(args):
+    """Unlabeled images a step."""
+    return args.batch_size * args.mu
+
+
 def make_optimizer(model, args):
     """SGD, Nesterov momentum, weight decay on convolution and linear weights (FixMatch, 2.4)."""
     weights = [p for p in model.parameters() if p.ndim > 1]
@@ -401,12 +406,13 @@ def update_average(average, model, decay):
 def training_step(run, x_l, y_l, x_u, step, phase, args):
     """One update of run.model and of its average, in place; step counts from 0 in each phase.
 
-    x_l: uint8 [B, 3, H, W], y_l: int64 [B], x_u: uint8 [mu * B, 3, H, W]. Returns the metrics, as
+    x_l: uint8 [B, 3, H, W], y_l: int64 [B], x_u: uint8 [U, 3, H, W]. Returns the metrics, as
     detached scalars on the device: nothing here waits for it.
     """
     lr, lambda_u = schedule(step, args.epochs * args.steps_per_epoch, phase, args)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
+    lambda_u = torch.full((), lambda_u, device=x_l.device)  # torch.compile would fix a float
     loss, metrics = run.batch_loss(run.model, x_l, y_l, x_u, lambda_u, args)
     run.optimizer.zero_grad()
     loss.backward()
@@ -487,7 +493,7 @@ def train_epoch(run, phase, epoch, args, estimate):
     torch.manual_seed(seeds[0])
     # batches have a generator of their own, so that a larger labeled set moves no augmentation
     generator = torch.Generator(device).manual_seed(seeds[1])
-    batches_u = draw_batches(run.unlabeled, steps, args.batch_size * args.mu, generator)
+    batches_u = draw_batches(run.unlabeled, steps, unlabeled_batch_size(args), generator)
     labeled = torch.nonzero(run.labels >= 0).squeeze(1)
     batches_l = draw_batches(labeled, steps, args.batch_size, generator)
 
@@ -740,7 +746,7 @@ def announce(run, args):
     say(f"  network    WRN-{args.depth}-{args.width}, {parameters:,} parameters, "
         f"from {args.pretrained or 'random weights'}")  # fmt: skip
     say(f"  training   {phases} of {args.steps_per_epoch} steps, {args.batch_size} labeled and "
-        f"{args.batch_size * args.mu} unlabeled images each")  # fmt: skip
+        f"{unlabeled_batch_size(args)} unlabeled images each")  # fmt: skip
     say(f"  selection  {args.select}, eps {args.eps:g}/255")
     compiled = ", compiled" if args.compile else ""
     say(f"  device     {device_name(args)}, {args.precision}{compiled}")
@@ -844,7 +850,7 @@ def train(run, args, command):
             for row in found["table2"]
         ],
         "ms_per_step": ms_per_step,
-        "images_per_second": 1000 * args.batch_size * (1 + args.mu) / ms_per_step,
+        "images_per_second": 1000 * (args.batch_size + unlabeled_batch_size(args)) / ms_per_step,
         "peak_memory_gib": peak,
         "seconds": found["seconds"] + sum(row["seconds"] for row in rows),
         "device": device_name(args),
@@ -880,7 +886,7 @@ def main(argv=None):
         code = 143 if signal_received.args else 130
         leave(code, "stopped; the same command goes on after the last finished epoch")
     except torch.OutOfMemoryError:
-        leave(1, "error: out of memory on the device; lower --batch-size, --mu or --width")
+        leave(1, "error: out of memory on the device; lower --batch-size or --width")
     except (ValueError, OSError, FloatingPointError) as error:
         if run and isinstance(error, ValueError):
             raise  # in training that is a mistake in the code, and the traceback helps

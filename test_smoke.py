@@ -1,10 +1,16 @@
 """The tests: no network, no GPU; those for CUDA skip themselves where there is none."""
 
 import ast
+import copy
 import csv
+import itertools
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,16 +23,17 @@ from torch import nn
 
 import common
 import fixmatch_scar
+import mixmatch_scar
+import vat_scar
 from common import WideResNet, fgsm, load_images, split_labeled
-from fixmatch_scar import (
-    RANDAUGMENT_OPS,
-    fixmatch_loss,
-    randaugment_op,
-)
+from fixmatch_scar import RANDAUGMENT_OPS, fixmatch_loss, randaugment_op
+from mixmatch_scar import mixmatch_loss
+from vat_scar import vat_direction, vat_loss
 
-SCRIPTS = [fixmatch_scar]
+SCRIPTS = [vat_scar, mixmatch_scar, fixmatch_scar]
+HERE = Path(__file__).parent
 SMALL = (
-    "--data synthetic --depth 10 --width 1 --num-labeled 100 --batch-size 8 --mu 2 --epochs 2 "
+    "--data synthetic --depth 10 --width 1 --num-labeled 100 --batch-size 4 --epochs 2 "
     "--steps-per-epoch 4"
 )
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -40,9 +47,9 @@ def images():
 
 @pytest.fixture
 def few_images(images, monkeypatch):
-    """Makes the scripts see 600 training and 200 test images of the synthetic set, for speed."""
+    """Makes the scripts see 300 training and 100 test images of the synthetic set, for speed."""
     x_train, y_train, x_test, y_test = images
-    few = x_train[:600], y_train[:600], x_test[:200], y_test[:200]
+    few = x_train[:300], y_train[:300], x_test[:100], y_test[:100]
     for script in SCRIPTS:
         monkeypatch.setattr(script, "load_images", lambda data, data_dir: few)
     return few
@@ -106,14 +113,15 @@ def test_wiring(depth, width, training):
     torch.testing.assert_close(model.train(training)(x), expected)
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_training_gradients_reach_every_parameter(images, precision):
+def test_training_gradients_reach_every_parameter(script, images, precision):
     """Also under autocast, which hands weights on from a forward to the next."""
     torch.manual_seed(0)
     model = WideResNet(10, 10, 1)
-    args = fixmatch_scar.parse_args(["--precision", precision, "--threshold", "0.01"])
+    args = script.parse_args(["--precision", precision])
     x, y = images[0][:8], images[1][:8]
-    loss, _ = fixmatch_scar.batch_loss(model, x, y, x, 1.0, args)
+    loss, _ = script.batch_loss(model, x, y, x, 1.0, args)
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
@@ -384,6 +392,252 @@ def test_strong_augment_draws_for_each_image(images):
     assert len({view.numpy().tobytes() for view in views}) > 390
 
 
+# ---------------------------------------------------------------------------------- MixMatch's loss
+
+
+def test_mixmatch_loss_and_gradient_sample_by_sample():
+    model = plain_net().double()
+    with torch.no_grad():
+        model[3].weight *= 8  # predictions that differ from each other
+    torch.manual_seed(2)
+    x_l, x_u1, x_u2 = torch.rand(3, 4, 3, 32, 32, dtype=torch.double)
+    y_l = torch.tensor([3, 1, 4, 1])
+    mix, perm = 0.5 + 0.5 * torch.rand(12, dtype=torch.double), torch.randperm(12)
+    temperature, lambda_u = 0.4, 0.6
+
+    x, target = list(x_l) + list(x_u1) + list(x_u2), []
+    for label in y_l:
+        target.append([float(c == label) for c in range(10)])
+    guesses = []
+    for first, second in zip(x_u1, x_u2):
+        probs = [torch.softmax(model(view[None])[0], 0).tolist() for view in (first, second)]
+        mean = [(a + b) / 2 for a, b in zip(*probs)]
+        sharp = [p ** (1 / temperature) for p in mean]
+        guesses.append([p / sum(sharp) for p in sharp])
+    target += guesses + guesses
+    labeled, unlabeled = [], []
+    for i in range(12):
+        j, share = perm[i], mix[i].item()
+        mixed = share * x[i] + (1 - share) * x[j]
+        mixed_target = [share * a + (1 - share) * b for a, b in zip(target[i], target[j])]
+        log_prob = torch.log_softmax(model(mixed[None])[0], 0)
+        if i < 4:
+            labeled.append(-sum(t * q for t, q in zip(mixed_target, log_prob)))
+        else:
+            unlabeled.append(sum((t - q.exp()) ** 2 for t, q in zip(mixed_target, log_prob)) / 10)
+    expected = sum(labeled) / 4 + lambda_u * sum(unlabeled) / 8
+    expected_gradient = torch.autograd.grad(expected, list(model.parameters()))
+
+    loss, metrics = mixmatch_loss(
+        model, x_l, y_l, x_u1, x_u2, temperature, 0.75, lambda_u, mix=mix, perm=perm
+    )
+    gradient = torch.autograd.grad(loss, list(model.parameters()))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+    together = metrics["loss_labeled"] + lambda_u * metrics["loss_unlabeled"]
+    torch.testing.assert_close(together, loss.detach())
+    assert not any(metric.requires_grad for metric in metrics.values())
+
+
+def test_mixmatch_without_mixup_is_two_plain_terms():
+    """alpha 0; a temperature near 0 makes the guess the more probable class, without nan."""
+    model = plain_net()
+    torch.manual_seed(2)
+    x_l, x_u = torch.rand(2, 4, 3, 32, 32)
+    y_l = torch.tensor([3, 1, 4, 1])
+    _, metrics = mixmatch_loss(model, x_l, y_l, x_u, x_u, 1e-3, 0.0, 1.0)
+    prob = model(x_u).softmax(1)
+    guess = F.one_hot(prob.argmax(1), 10)
+    torch.testing.assert_close(metrics["loss_labeled"], F.cross_entropy(model(x_l), y_l).detach())
+    torch.testing.assert_close(metrics["loss_unlabeled"], ((prob - guess) ** 2).mean().detach())
+
+
+def test_mixup_draws():
+    """One draw an image, the image's own share the larger one, the mean that of Beta's formula."""
+    torch.manual_seed(0)
+    mix = mixmatch_scar.draw_mix(200_000, 0.75, torch.device("cpu"))
+    assert mix.shape == (200_000,) and 0.5 <= mix.min() and mix.max() <= 1
+    density = torch.linspace(0.5, 1, 200_001, dtype=torch.double)[1:-1]
+    weight = (density * (1 - density)) ** (0.75 - 1)
+    assert mix.mean().item() == pytest.approx(
+        ((density * weight).sum() / weight.sum()).item(), abs=3e-3
+    )
+    assert (mixmatch_scar.draw_mix(5, 0.0, torch.device("cpu")) == 1).all()
+
+
+def test_mixmatch_mixes_labeled_and_unlabeled_images(monkeypatch):
+    """Drawn mixtures have partners from all three parts."""
+    seen = []
+
+    class Witness(nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return x.mean((2, 3)) @ torch.eye(3, 10)
+
+    parts = [torch.zeros(200, 3, 4, 4) + torch.eye(3)[i].view(3, 1, 1) for i in range(3)]
+    torch.manual_seed(0)
+    mixmatch_loss(Witness(), parts[0], torch.zeros(200).long(), *parts[1:], 0.5, 0.75, 1.0)
+    mixed = seen[-1].mean((2, 3)).view(3, 200, 3)  # part, image, share of each part
+    torch.testing.assert_close(mixed.sum(2), torch.ones(3, 200))
+    for part in range(3):
+        assert (mixed[part, :, part] >= 0.5 - 1e-6).all()
+        assert ((mixed[part] > 1e-3).float().mean(0) > 0.2).all()
+
+
+# --------------------------------------------------------------------------------------- VAT's loss
+
+
+def kl_to(model, prob):
+    """r -> KL(prob to p(x + r)) of one image, as in VAT's paper."""
+
+    def divergence(image):
+        log_prob = torch.log_softmax(model(image[None])[0], 0)
+        return sum(p * (p.log() - q) for p, q in zip(prob, log_prob))
+
+    return divergence
+
+
+def test_vat_loss_and_gradient_sample_by_sample():
+    model = plain_net().double()
+    torch.manual_seed(2)
+    x_l, x_u, d0 = torch.rand(3, 4, 3, 32, 32, dtype=torch.double)
+    d0 -= 0.5
+    y_l = torch.tensor([3, 1, 4, 1])
+    xi, radius, lambda_u, entropy_weight = 0.01, 2.0, 0.6, 0.2
+
+    labeled = [-torch.log_softmax(model(x[None])[0], 0)[y] for x, y in zip(x_l, y_l)]
+    divergences, entropies = [], []
+    for x, start in zip(x_u, d0):
+        prob = torch.softmax(model(x[None])[0], 0)
+        kl = kl_to(model, prob.detach())
+        r = (xi * start / start.norm()).requires_grad_()
+        (gradient,) = torch.autograd.grad(kl(x + r), r)
+        divergences.append(kl(x + radius * gradient / gradient.norm()))
+        entropies.append(-(prob * prob.log()).sum())
+    expected = sum(labeled) / 4 + lambda_u * sum(divergences) / 4
+    expected += entropy_weight * sum(entropies) / 4
+    expected_gradient = torch.autograd.grad(expected, list(model.parameters()))
+
+    for factor in (1.0, 100.0):  # of a start only the direction counts
+        loss, metrics = vat_loss(
+            model, x_l, y_l, x_u, xi, radius, 1, lambda_u, entropy_weight, d0=factor * d0
+        )
+        gradient = torch.autograd.grad(loss, list(model.parameters()))
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
+    assert metrics["loss_unlabeled"].item() == pytest.approx(sum(divergences).item() / 4, rel=1e-4)
+    assert metrics["entropy"].item() == pytest.approx(sum(entropies).item() / 4, rel=1e-4)
+    assert not any(metric.requires_grad for metric in metrics.values())
+
+
+def smooth_net():
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(48, 16), nn.Tanh(), nn.Linear(16, 5), nn.Flatten()
+    ).double()
+
+
+def test_vat_direction_is_power_iteration_on_the_hessian():
+    """One iteration: the Hessian's product with d0. Many: the Hessian's top eigenvector."""
+    model = smooth_net()
+    x, d0 = torch.rand(6, 3, 4, 4, dtype=torch.double), torch.randn(6, 3, 4, 4).double()
+    prob = model(x).softmax(1).detach()
+    once = vat_direction(model, x, prob, 1e-4, 1, d0)
+    often = vat_direction(model, x, prob, 1e-4, 200, d0)
+    torch.testing.assert_close(once.flatten(1).norm(dim=1), torch.ones(6).double())
+    assert not once.requires_grad
+    for i in range(6):
+        kl = kl_to(model, prob[i])
+
+        def gradient(r):
+            r = r.detach().requires_grad_()
+            return torch.autograd.grad(kl(x[i] + r), r)[0]
+
+        h = 1e-4 * d0[i] / d0[i].norm()
+        product = gradient(h) - gradient(-h)
+        torch.testing.assert_close(once[i], product / product.norm(), rtol=0, atol=2e-4)
+
+        basis = 1e-5 * torch.eye(48).double().view(48, 3, 4, 4)
+        hessian = torch.stack([(gradient(b) - gradient(-b)).flatten() for b in basis])
+        top = torch.linalg.eigh((hessian + hessian.T) / 2).eigenvectors[:, -1]
+        assert abs(top @ often[i].flatten()).item() > 0.999
+
+
+def test_vat_direction_without_a_gradient_is_where_it_started():
+    class Constant(nn.Module):
+        def forward(self, x):
+            return 0 * x.mean((2, 3))
+
+    x = torch.rand(2, 3, 4, 4)
+    d = vat_direction(Constant(), x, torch.full((2, 3), 1 / 3), 0.1, 1, torch.ones_like(x))
+    torch.testing.assert_close(d, torch.full_like(x, 1 / math.sqrt(48)))
+    d = vat_direction(plain_net(), torch.rand(2, 3, 32, 32), torch.rand(2, 10), 0.1, 0)
+    torch.testing.assert_close(d.flatten(1).norm(dim=1), torch.ones(2))
+
+
+@pytest.fixture(scope="module")
+def trained(images):
+    """A WideResNet after a minute's worth of training: no plaything, no random weights."""
+    torch.manual_seed(0)
+    model = WideResNet(10, 10, 1)
+    optimizer = torch.optim.Adam(model.parameters(), 0.004)
+    x, y = vat_scar.to_float(images[0]), images[1]
+    for batch in torch.randperm(6000).view(-1, 60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_vat_direction_is_a_direction_in_any_precision(trained, images, precision):
+    """With the default settings it moves the predictions several times as far as a random one."""
+    args = vat_scar.parse_args([])
+    x = vat_scar.to_float(images[2][:100])
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        prob = vat_scar.forward_untracked(trained, x).float().softmax(1).detach()
+        found = vat_direction(trained, x, prob, args.xi, args.power_iterations)
+    random = vat_direction(trained, x, prob, args.xi, 0)
+
+    def reached(d):
+        with torch.no_grad():
+            log_prob = vat_scar.forward_untracked(trained, x).log_softmax(1)
+            moved = vat_scar.forward_untracked(trained, x + args.vat_eps * d).log_softmax(1)
+        return F.kl_div(moved, log_prob, reduction="batchmean", log_target=True).item()
+
+    assert found.dtype == torch.float32 and reached(found) > 3 * reached(random)
+
+
+def test_which_forward_moves_the_running_statistics(images):
+    """MixMatch: that of the mixed images. VAT: that of the labeled ones."""
+    x, y = vat_scar.to_float(images[0][:24]), images[1][:8]
+    x_l, x_u1, x_u2 = x.split(8)
+    mix, perm = torch.linspace(0.5, 1, 24), torch.arange(24).flip(0)
+    mixed = mix.view(-1, 1, 1, 1) * x + (1 - mix.view(-1, 1, 1, 1)) * x[perm]
+    for moved_by, loss, parts, given in (
+        (mixed, mixmatch_loss, (x_l, y, x_u1, x_u2, 0.5, 0.75, 1.0), {"mix": mix, "perm": perm}),
+        (x_l, vat_loss, (x_l, y, x_u1, 1.0, 3.0, 1, 1.0, 0.1), {}),
+    ):
+        torch.manual_seed(0)
+        model = WideResNet(10, 10, 1).train()
+        expected = copy.deepcopy(model)
+        expected(moved_by)
+        loss(model, *parts, **given)[0].backward()
+        for name, buffer in expected.named_buffers():
+            torch.testing.assert_close(model.get_buffer(name), buffer, msg=f"{loss} {name}")
+
+
+def test_forward_untracked_is_a_training_forward(images):
+    model = WideResNet(10, 10, 1).train()
+    x = vat_scar.to_float(images[0][:8])
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    logits = vat_scar.forward_untracked(model, x)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    torch.testing.assert_close(logits, model(x))
+    assert any(not torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
 # ---------------------------------------------------------------------------------- FixMatch's loss
 
 
@@ -427,6 +681,74 @@ def test_fixmatch_mask_includes_the_threshold():
     for threshold, rate in ((0.5, 1.0), (0.51, 0.0)):
         _, metrics = fixmatch_loss(Undecided(), x, torch.zeros(4).long(), x, x, threshold, 1.0)
         assert metrics["mask_rate"] == rate
+
+
+# -------------------------------------------------------------- from the loss to the training step
+
+
+@pytest.mark.parametrize("script", [mixmatch_scar, vat_scar])
+def test_batch_loss_hands_each_view_to_its_place_in(script, monkeypatch):
+    seen = []
+    monkeypatch.setattr(script, f"{script.METHOD}_loss", lambda *args: seen.append(args))
+    draws = iter(range(1, 9))
+    monkeypatch.setattr(script, "weak_augment", lambda x: x + next(draws))
+    args = script.parse_args(["--batch-size", "2"])
+    x_l = torch.full((2, 3, 4, 4), 10, dtype=torch.uint8)
+    x_u = torch.full((2, 3, 4, 4), 20, dtype=torch.uint8)
+    script.batch_loss("model", x_l, torch.tensor([3, 4]), x_u, 0.3, args)
+    (model, first, y_l, *rest) = seen[0]
+    views = [part for part in rest if isinstance(part, torch.Tensor)]
+    assert model == "model" and y_l.tolist() == [3, 4]
+    levels = [round(255 * view.mean().item(), 3) for view in (first, *views)]
+    if script is mixmatch_scar:
+        assert levels == [11, 22, 23] and rest[2:] == [0.5, 0.75, 0.3]
+    else:
+        assert levels == [11, 22] and rest[1:] == [1.0, 3.0, 1, 0.3, 0.0]
+
+
+@pytest.mark.parametrize(
+    "script, total, ramp", [(mixmatch_scar, 204_800, 16_384), (mixmatch_scar, 1000, 400),
+                            (vat_scar, 204_800, 81_920), (vat_scar, 1000, 400)]
+)  # fmt: skip
+def test_ramp_of_the_unlabeled_loss(script, total, ramp):
+    """Linear from 0, full after the ramp, full from the first step of fine-tuning; constant lr."""
+    args = script.parse_args([])
+    assert args.lambda_u == {"mixmatch": 0.75, "vat": 0.3}[script.METHOD]
+    for step, share in ((0, 0), (ramp // 4, 0.25), (ramp // 2, 0.5), (ramp, 1), (total - 1, 1)):
+        lr, lambda_u = script.schedule(step, total, "pretrain", args)
+        assert (lr, lambda_u) == (0.002, pytest.approx(share * args.lambda_u))
+    assert script.schedule(0, total, "finetune", args) == (0.002, args.lambda_u)
+
+
+@pytest.mark.parametrize("script", [mixmatch_scar, vat_scar])
+def test_adam_and_weight_decay_by_hand(script):
+    """Two training steps on one matrix and its bias, and their average."""
+    args = script.parse_args(["--epochs", "1", "--steps-per-epoch", "4", "--lr", "0.1"])
+    model, average = nn.Linear(3, 2), nn.Linear(3, 2)
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *average.parameters()):
+            parameter.fill_(1.0)
+    run = SimpleNamespace(
+        model=model,
+        average=average,
+        optimizer=script.make_optimizer(model, args),
+        # gradient 2 everywhere
+        batch_loss=lambda model, *_: (2 * sum(p.sum() for p in model.parameters()), {}),
+    )
+    weight, bias, averaged = 1.0, 1.0, [1.0, 1.0]
+    for step in range(2):
+        script.training_step(run, torch.zeros(1), None, None, step, "pretrain", args)
+        update = 0.1 * 2 / (2 + 1e-8)  # a constant gradient: Adam's moments are 2 and 4
+        weight, bias = (weight - update) * (1 - 0.02 * 0.1), bias - update
+        decay = (1 + step) / (10 + step)
+        averaged = [decay * a + (1 - decay) * b for a, b in zip(averaged, (weight, bias))]
+    for module, expected in ((model, (weight, bias)), (average, averaged)):
+        # AdamW decays before its update: lr^2 * weight_decay = 2e-4 apart at this large lr
+        torch.testing.assert_close(
+            module.weight, torch.full((2, 3), expected[0]), rtol=0, atol=8e-4
+        )
+        torch.testing.assert_close(module.bias, torch.full((2,), expected[1]))
+    assert abs(model.weight[0, 0] - model.bias[0]).item() > 2e-3  # so there was a decay
 
 
 def test_batch_loss_hands_each_view_to_its_place(monkeypatch):
@@ -490,7 +812,9 @@ def test_training_step_by_hand():
     )
     weight, bias, momenta, averaged = 1.0, 1.0, [0.0, 0.0], [1.0, 1.0]
     for step in range(2):
-        metrics = fixmatch_scar.training_step(run, None, None, None, step, "pretrain", args)
+        metrics = fixmatch_scar.training_step(
+            run, torch.zeros(1), None, None, step, "pretrain", args
+        )
         assert metrics["loss"].item() == pytest.approx(2 * (6 * weight + 2 * bias))
         assert metrics["rate"] == 3 and not metrics["loss"].requires_grad
         lr = 0.1 * math.cos(7 * math.pi * step / (16 * 4))
@@ -664,7 +988,9 @@ def test_resumed_run_is_the_uninterrupted_one(script, few_images, tmp_path, monk
     ]
 
     # the schedule starts again with fine-tuning; the row has the rate of the epoch's last step
-    expected = [0.03 * math.cos(7 * math.pi * step / (16 * 8)) for step in (3, 7, 3, 7)]
+    args = script.parse_args(command)
+    last_steps = [(3, "pretrain"), (7, "pretrain"), (3, "finetune"), (7, "finetune")]
+    expected = [script.schedule(step, 8, phase, args)[0] for step, phase in last_steps]
     assert [float(row["lr"]) for row in first] == pytest.approx(expected)
 
     # a finished run shows its result and trains no more
@@ -701,10 +1027,10 @@ def test_fine_tunings_from_one_pretraining_differ_in_the_selection_alone(
         results[select, eps] = script.main([*SMALL.split(), *options])
     first = results["fgsm", 2.0]
     assert len({result["pretrain_accuracy"] for result in results.values()}) == 1
-    assert 0 < first["selection"]["kept"] < 500
+    assert 0 < first["selection"]["kept"] < 200
     assert results["none", 2.0]["selection"]["kept"] == 0
     assert results["confidence", 2.0]["selection"]["kept"] == first["selection"]["kept"]
-    assert results["fgsm", 0.0]["selection"]["kept"] == first["selection"]["unlabeled"] == 500
+    assert results["fgsm", 0.0]["selection"]["kept"] == first["selection"]["unlabeled"] == 200
     assert [row["eps"] for row in first["table2"]] == [1.0, 2.0]
     for batches in (unlabeled_batches[select, eps, "finetune"] for select, eps in results):
         for (x_u, state), (x_first, state_first) in zip(
@@ -802,8 +1128,10 @@ def test_labels_of_unlabeled_images_are_not_used(script, images, few_images, tmp
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
 
 
-def test_whole_run_learns_selects_and_leaves_its_files(tmp_path, capsys):
-    """The README's small run, shorter: real synthetic images, everything on."""
+def test_whole_run_learns_selects_and_leaves_its_files(images, tmp_path, monkeypatch, capsys):
+    """The README's small run, shorter and with a part of the synthetic images."""
+    some = images[0][:2000], images[1][:2000], images[2][:500], images[3][:500]
+    monkeypatch.setattr(fixmatch_scar, "load_images", lambda data, data_dir: some)
     command = (
         "--data synthetic --num-labeled 500 --depth 10 --width 1 --batch-size 32 --mu 1 "
         "--epochs 2 --steps-per-epoch 75 --table2-eps 1 4"
@@ -830,7 +1158,7 @@ def test_whole_run_learns_selects_and_leaves_its_files(tmp_path, capsys):
     )
 
     selection, (weak_attack, strong_attack) = result["selection"], result["table2"]
-    assert selection["kept"] + selection["rejected"] == selection["unlabeled"] == 5500
+    assert selection["kept"] + selection["rejected"] == selection["unlabeled"] == 1500
     assert selection["kept"] == sum(selection["kept_per_class"]) > 0 and selection["rejected"] > 0
     assert selection["kept_correct"] / selection["kept"] > result["pretrain_accuracy"] / 100
     assert (
@@ -839,7 +1167,7 @@ def test_whole_run_learns_selects_and_leaves_its_files(tmp_path, capsys):
     )
     for row in result["table2"]:
         right = row["kept_correct"] + row["rejected"] - row["rejected_wrong"]
-        assert right == pytest.approx(10 * result["pretrain_accuracy"])
+        assert right == pytest.approx(5 * result["pretrain_accuracy"])
 
     output = capsys.readouterr().out
     assert "94.13" in output and "95.17" in output and "99.59 (6385/6411)" in output
@@ -866,8 +1194,7 @@ def test_whole_run_learns_selects_and_leaves_its_files(tmp_path, capsys):
     # what the README shows: load model.pt and classify
     model = WideResNet(10, 10, 1)
     model.load_state_dict(torch.load(tmp_path / "run" / "model.pt", weights_only=True))
-    _, _, x_test, y_test = load_images("synthetic", None)
-    assert fixmatch_scar.evaluate(model, x_test, y_test) == pytest.approx(
+    assert fixmatch_scar.evaluate(model, *some[2:]) == pytest.approx(
         result["final_accuracy"], abs=0.2
     )
 
@@ -877,7 +1204,7 @@ def test_validation_images_come_from_the_unlabeled_pool(few_images, tmp_path):
         [*SMALL.split(), "--val", "50", "--table2-eps", "1", "--out", str(tmp_path / "run")]
     )
     assert result["scored_on"] == "validation"
-    assert result["selection"]["unlabeled"] == 450
+    assert result["selection"]["unlabeled"] == 150
     assert sum(result["table2"][0][name] for name in ("kept", "rejected")) == 50
 
 
@@ -936,6 +1263,7 @@ def refusal(capsys, *argv, script=fixmatch_scar, code=2):
     return sentence
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
     "options, sentence",
     [
@@ -945,12 +1273,9 @@ def refusal(capsys, *argv, script=fixmatch_scar, code=2):
         ("--eps -1", "--eps"),
         ("--eps nan", "--eps"),
         ("--table2-eps 1 -2", "--table2-eps"),
-        ("--threshold 0", "--threshold"),
-        ("--threshold 1.01", "--threshold"),
         ("--epochs 0", "--epochs"),
         ("--steps-per-epoch 0", "--steps-per-epoch"),
         ("--batch-size 0", "--batch-size"),
-        ("--mu 0", "--mu"),
         ("--lr 0", "--lr"),
         ("--lr inf", "--lr"),
         ("--weight-decay -1", "--weight-decay"),
@@ -970,11 +1295,35 @@ def refusal(capsys, *argv, script=fixmatch_scar, code=2):
         ("--pretrained README.md", "README.md"),
     ],
 )
-def test_refuses(options, sentence, images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fixmatch_scar, "load_images", lambda data, data_dir: images)
-    out = tmp_path / "run"
-    assert sentence in refusal(capsys, "--data", "synthetic", "--out", out, *options.split())
-    assert not out.exists()
+def test_refuses(script, options, sentence, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "load_images", lambda data, data_dir: images)
+    command = ["--data", "synthetic", "--out", tmp_path / "run", *options.split()]
+    assert sentence in refusal(capsys, *command, script=script)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "script, options",
+    [
+        (fixmatch_scar, "--mu 0"),
+        (fixmatch_scar, "--threshold 0"),
+        (fixmatch_scar, "--threshold 1.01"),
+        (mixmatch_scar, "--temperature 0"),
+        (mixmatch_scar, "--temperature nan"),
+        (mixmatch_scar, "--alpha -0.1"),
+        (mixmatch_scar, "--alpha inf"),
+        (vat_scar, "--vat-eps 0"),
+        (vat_scar, "--vat-eps -3"),
+        (vat_scar, "--xi 0"),
+        (vat_scar, "--xi nan"),
+        (vat_scar, "--power-iterations -1"),
+        (vat_scar, "--entropy-weight -1"),
+        (vat_scar, "--mu 2"),  # another method's option
+    ],
+)
+def test_refuses_what_only_one_method_has(script, options, tmp_path, capsys):
+    sentence = refusal(capsys, *options.split(), "--out", tmp_path / "run", script=script)
+    assert options.split()[0] in sentence
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -1080,6 +1429,257 @@ def test_stops_when_the_loss_is_not_finite(few_images, tmp_path, capsys):
     assert "not finite" in sentence and "--lr" in sentence
 
 
+# ------------------------------------------------------------------------------------- run_all.sh
+
+
+def run_all(*options, **variables):
+    """run_all.sh with the Python of the tests, unless PYTHON is given: (exit code, out, err)."""
+    environment = {**os.environ, "PYTHON": sys.executable, **variables}
+    command = ["bash", str(HERE / "run_all.sh"), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def write_result(root, method, select, seed, before, after, pretrained=None, eps=1.0, **other):
+    """A result.json as a script leaves it, in a run folder of its own; `other` goes to its args."""
+    args = vars(vars(sys.modules[f"{method}_scar"])["parse_args"]([]))
+    args = {**args, "seed": seed, "select": select, "eps": eps, "pretrained": pretrained, **other}
+    folder = root / f"run{len(list(root.glob('run*')))}"
+    folder.mkdir(parents=True)
+    result = {
+        "method": method,
+        "data": "CIFAR-10 (JPEG)",
+        "scored_on": "validation" if args["val"] else "test",
+        "select": select,
+        "eps": eps,
+        "seed": seed,
+        "pretrain_accuracy": before,
+        "final_accuracy": after,
+        "table2": [
+            {"eps": 1.0, "kept": 8000, "kept_correct": 7000 + 100 * seed,
+             "rejected": 2000, "rejected_wrong": 500},
+            {"eps": 6.0, "kept": 0, "kept_correct": 0, "rejected": 10000, "rejected_wrong": 1500},
+        ],
+        "device": "a device",
+        "ranks": 1,
+        "versions": {"torch": "2.0"},
+        "args": args,
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder / "result.json"
+
+
+def cells(text, start):
+    """The cells of the tables' one row whose first cell is `start`."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    (row,) = [row for row in rows if row and row[0] == start]
+    return row[1:]
+
+
+def test_tables_of_known_results(tmp_path):
+    """Means, paired differences and counts by hand; what must not share a mean does not."""
+    for seed, before, after, control in ((0, 80, 83, 82), (1, 82, 84, 84), (2, 84, 88, 83)):
+        write_result(tmp_path, "fixmatch", "fgsm", seed, before, after)
+        write_result(tmp_path, "fixmatch", "none", seed, before, control, "a/pretrain.pt")
+        write_result(
+            tmp_path, "fixmatch", "fgsm", seed, before, after + 1, "a/pretrain.pt", eps=2.0
+        )
+    write_result(tmp_path, "fixmatch", "none", 3, 70, 71, "elsewhere/pretrain.pt")
+    write_result(tmp_path, "fixmatch", "fgsm", 0, 10, 11, lambda_u=2.0)
+    write_result(tmp_path, "fixmatch", "fgsm", 0, 20, 21, epochs=3)
+    write_result(tmp_path, "fixmatch", "fgsm", 0, 30, 31, val=100)
+    write_result(tmp_path, "fixmatch", "fgsm", 0, 40, 41)  # a second run of seed 0
+    write_result(tmp_path, "vat", "fgsm", 5, 85.5, 86.25, eps=6.0)
+    code, whole, error = run_all(METHODS="", OUT=str(tmp_path))
+    assert code == 0 and error == ""
+    assert whole == (tmp_path / "tables.md").read_text() + "\n"
+
+    short, text = sorted(whole.split("\n## "), key=lambda part: "200 + 200" in part)
+    assert cells(short, "FixMatch")[1] == "20.00 (n = 1)"
+    name = "FixMatch, lambda_u 1.0"
+    assert cells(text, name) == ["94.13", "82.00 ± 2.00 (n = 3)", "", ""]
+    assert cells(text, f"{name} + SCAR (eps 1)") == [
+        "95.17", "85.00 ± 2.65 (n = 3)", "+3.00 ± 1.00 (n = 3)", "+2.00 ± 2.65 (n = 3)"
+    ]  # fmt: skip
+    assert cells(text, f"{name} + SCAR (eps 2)")[1] == "86.00 ± 2.65 (n = 3)"
+    assert cells(text, f"{name} + nothing (control)") == [
+        "", "80.00 ± 6.06 (n = 4)", "+1.00 ± 1.41 (n = 4)", ""
+    ]  # fmt: skip
+    assert cells(text, "FixMatch, lambda_u 2.0 + SCAR (eps 1)") == [
+        "95.17", "11.00 (n = 1)", "+1.00 (n = 1)", "-"
+    ]  # fmt: skip
+    assert cells(text, "VAT + SCAR (eps 6)") == ["86.79", "86.25 (n = 1)", "+0.75 (n = 1)", "-"]
+    assert cells(text, "VAT (eps 1)") == [
+        "92.22 (7587/8227)", "47.10 (835/1773)", "93.75 (7500/8000)", "25.00 (500/2000)"
+    ]  # fmt: skip
+    assert cells(text, "VAT (eps 6)")[2:] == ["none (0/0)", "15.00 (1500/10000)"]
+    assert cells(text, f"{name} (eps 1)") == [
+        "99.59 (6385/6411)", "15.63 (561/3589)", "88.75 ± 1.25 (n = 3), on average 7100.0/8000.0",
+        "25.00 ± 0.00 (n = 3), on average 500.0/2000.0",
+    ]  # fmt: skip
+    assert "scored on validation images" in whole and "the same run as run0" in whole
+    assert "30.00" not in whole and "40.00" not in whole
+
+
+def test_tables_name_what_they_cannot_read(tmp_path):
+    write_result(tmp_path, "mixmatch", "fgsm", 0, 90.0, 93.0)
+    cut = write_result(tmp_path, "mixmatch", "fgsm", 1, 90.0, 93.0)
+    cut.write_text(cut.read_text()[:300])
+    other = write_result(tmp_path, "mixmatch", "fgsm", 2, 90.0, 93.0)
+    other.write_text("[1, 2]")
+    code, text, error = run_all(METHODS="", OUT=str(tmp_path))
+    assert code == 1 and error.count("error: ") == 2 and "Traceback" not in error
+    assert str(cut) in error and str(other) in error
+    assert cells(text, "MixMatch + SCAR (eps 1)")[1] == "93.00 (n = 1)"
+
+
+def test_tables_have_the_papers_numbers_of_the_scripts(tmp_path):
+    for script in SCRIPTS:
+        eps = max(script.PAPER_TABLE2)
+        write_result(tmp_path, script.METHOD, "fgsm", 0, 1.0, 2.0, eps=eps)
+    _, text, _ = run_all(METHODS="", OUT=str(tmp_path))
+    for script in SCRIPTS:
+        eps = max(script.PAPER_TABLE2)
+        first, last = cells(text, script.TITLE), cells(text, f"{script.TITLE} + SCAR (eps {eps:g})")
+        assert (first[0], last[0]) == script.PAPER_TABLE1
+        for eps in {1.0, 6.0} & script.PAPER_TABLE2.keys():
+            assert cells(text, f"{script.TITLE} (eps {eps:g})")[:2] == [*script.PAPER_TABLE2[eps]]
+
+
+@pytest.mark.parametrize(
+    "variables, options, sentence",
+    [
+        ({"METHODS": "vat fixmach"}, [], "no method 'fixmach'"),
+        ({"OUT": "file/runs"}, [], "OUT=file/runs cannot be written"),
+        ({"OUT": "nowhere", "METHODS": ""}, [], "OUT=nowhere: there is no such folder"),
+        ({"PYTHON": "no-python"}, [], "PYTHON=no-python"),
+        ({}, ["--epochs=3"], "--epochs: set"),
+        ({}, ["--mu", "2", "--data", "synthetic"], "--data: set"),
+        ({}, ["--out", "elsewhere"], "--out differs"),
+    ],
+)
+def test_run_all_refuses(variables, options, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("precious")
+    code, out, error = run_all(*options, **variables)
+    assert (code, out) == (2, "") and error.startswith("error: ") and error.count("\n") == 1
+    assert sentence in error and list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_run_all_refuses_an_unknown_gpu(tmp_path):
+    code, _, error = run_all(GPUS="0 7", DATA="synthetic", OUT=str(tmp_path / "runs"))
+    assert code == 2 and error.startswith("error: GPUS=0 7: PyTorch can use 0 of them")
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+case $1 in
+    -c) echo 2; exit ;;
+    -) exec "{python}" "$@" ;;
+esac
+echo "start $(basename "$1") $CUDA_VISIBLE_DEVICES ${{*:2}}" >> "{log}"
+sleep 0.4
+echo "end $(basename "$1") $CUDA_VISIBLE_DEVICES ${{*:2}}" >> "{log}"
+case $* in *{fails}*) exit 1 ;; esac
+"""
+
+
+def fake_python(tmp_path, fails):
+    """A stand-in for the scripts that takes 0.4 s and fails when its options hold `fails`."""
+    path, log = tmp_path / "python", tmp_path / "log"
+    path.write_text(FAKE_PYTHON.format(python=sys.executable, log=log, fails=fails))
+    path.chmod(0o755)
+    return path, log
+
+
+def test_run_all_goes_on_after_a_failed_run(tmp_path):
+    path, log = fake_python(tmp_path, fails="mixmatch_scar.py*fgsm")
+    code, _, error = run_all(
+        "--eps", "2.50", PYTHON=str(path), DATA="synthetic", OUT=str(tmp_path / "runs/"), SEEDS="4"
+    )
+    assert code == 1 and "failed: mixmatch, seed 4" in error
+    starts = [line.split() for line in log.read_text().splitlines() if line.startswith("start")]
+    assert [(words[1], words[words.index("--select") + 1]) for words in starts] == [
+        ("vat_scar.py", "fgsm"),
+        ("vat_scar.py", "none"),
+        ("mixmatch_scar.py", "fgsm"),
+        ("fixmatch_scar.py", "fgsm"),
+        ("fixmatch_scar.py", "none"),
+    ]
+    scar, control = (words for words in starts if words[1] == "fixmatch_scar.py")
+    folder = f"{tmp_path}/runs/fixmatch__synthetic__fgsm-eps2.5__seed4"
+    assert scar[scar.index("--out") + 1] == folder
+    assert control[control.index("--pretrained") + 1] == f"{folder}/pretrain.pt"
+
+
+def test_run_all_has_one_run_on_each_gpu(tmp_path):
+    path, log = fake_python(tmp_path, fails="nothing")
+    code, out, error = run_all(
+        PYTHON=str(path), DATA="synthetic", OUT=str(tmp_path / "runs"), GPUS="0 1"
+    )
+    assert (code, error) == (0, "") and out.count("output in") == 9
+    busy, most, used = set(), 0, []
+    for line in log.read_text().splitlines():
+        event, _, gpu, *_ = line.split()
+        assert (gpu in busy) == (event == "end")
+        busy ^= {gpu}
+        most = max(most, len(busy))
+        used.append(gpu)
+    assert most == 2 and set(used) == {"0", "1"} and len(used) == 2 * 2 * 9
+
+
+def test_run_all_stops_its_runs_when_told_to(tmp_path):
+    path, log = fake_python(tmp_path, fails="nothing")
+    path.write_text(path.read_text().replace("sleep 0.4", "exec sleep 60"))
+    environment = {**os.environ, "PYTHON": str(path), "DATA": "synthetic"}
+    environment["OUT"] = str(tmp_path / "runs")
+    command = ["bash", str(HERE / "run_all.sh")]
+    running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while not log.exists():
+        time.sleep(0.05)
+    running.terminate()
+    _, error = running.communicate(timeout=20)
+    assert running.returncode == 143 and "the same command goes on" in error
+    assert "end" not in log.read_text()
+
+
+def test_run_all_killed_and_given_again(tmp_path):
+    """Real runs on a few images: killed in the first one, finished by the second call."""
+    data, out = tmp_path / "few", tmp_path / "runs"
+    write_folder(data)
+    variables = {"SEEDS": "0", "EPOCHS": "2", "DATA": "folder", "OMP_NUM_THREADS": "1"}
+    variables |= {"DATA_DIR": str(data), "OUT": str(out), "METHODS": "mixmatch vat"}
+    options = "--num-labeled 2 --depth 10 --width 1 --batch-size 2 --steps-per-epoch 2".split()
+    options += ["--table2-eps", "1"]
+    environment = {**os.environ, "PYTHON": sys.executable, **variables}
+    command = ["bash", str(HERE / "run_all.sh"), *options]
+    running = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    while not list(out.glob("*/metrics.csv")):
+        assert running.poll() is None
+        time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not list(out.glob("*/result.json"))
+
+    code, text, error = run_all(*options, **variables)
+    assert (code, error) == (0, "") and "going on after pretrain epoch" in text
+    assert {path.parent.name for path in out.glob("*/result.json")} == {
+        f"{method}__few__{select}-eps{eps}__seed0"
+        for method, eps in (("mixmatch", 1), ("vat", 6))
+        for select in ("fgsm", "none")
+    }
+    tables = (out / "tables.md").read_text()
+    for method in ("MixMatch", "VAT"):
+        assert cells(tables, f"{method} + nothing (control)")[1].endswith("(n = 1)")
+    assert tables.rstrip() in text
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/*")}
+    code, text, _ = run_all(*options, **{**variables, "METHODS": "mixmatch"})
+    assert code == 0 and tables.rstrip() in text and "finetune     1" not in text
+    assert before == {path: path.stat().st_mtime_ns for path in out.glob("*/*")}
+
+
 # ---------------------------------------------------------------------------------------- the house
 
 
@@ -1096,3 +1696,39 @@ def test_script_keeps_the_rules(script):
     assert max(len(line) for line in text.splitlines()) <= 100
     for node in ast.parse(text).body:
         assert not isinstance(node, ast.FunctionDef) or ast.get_docstring(node), node.name
+
+
+OWN = {  # what is the method's own: it differs from script to script, and nothing else does
+    "METHOD", "TITLE", "PAPER_TABLE1", "PAPER_TABLE2",
+    "parse_args", "unlabeled_batch_size", "make_optimizer", "schedule", "batch_loss",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("first, second", list(itertools.combinations(SCRIPTS, 2)))
+def test_scripts_share_everything_else_letter_for_letter(first, second):
+    """The same name means the same text, decorators included; the plumbing is all the same."""
+    named, plumbing = [], []
+    for script in (first, second):
+        text = Path(script.__file__).read_text()
+        plumbing.append(text[text.index("# Plumbing, the same in every script") :])
+        parts = {}
+        for node in ast.parse(text).body:
+            start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+            source = text.splitlines()[start - 1 : node.end_lineno]
+            for name in [getattr(node, "name", None), *bound_names(node)]:
+                parts[name] = source
+        named.append(parts)
+    assert plumbing[0] == plumbing[1]
+    shared = named[0].keys() & named[1].keys() - OWN - {None}
+    assert len(shared) > 30
+    assert [name for name in shared if named[0][name] != named[1][name]] == []
+
+
+def bound_names(node):
+    """The names to which a top-level assignment gives values."""
+    return [
+        name.id
+        for target in getattr(node, "targets", [])
+        for name in ast.walk(target)
+        if isinstance(name, ast.Name)
+    ]
