@@ -1,0 +1,304 @@
+#!/usr/bin/env bash
+# Table 1 and Table 2: for every method and seed a SCAR run and, from its pretraining, the control.
+#
+#   bash run_all.sh                               the paper's runs, three seeds, one after the other
+#   GPUS="0 1 2 3" bash run_all.sh                the same, one run at a time on each of these GPUs
+#   SEEDS=0 EPOCHS=50 OUT=runs/short bash run_all.sh --width 1      options go to every script
+#   METHODS= OUT=results/table1 bash run_all.sh   the tables alone, from OUT/*/result.json
+#
+# Stopped and given again, it goes on where it was. The tables are printed and kept in OUT/tables.md.
+# Exit code 0: done; 1: a run failed or a result.json cannot be read; 2: refused; 130, 143: stopped.
+
+set -u
+export LC_ALL=C
+SEEDS=${SEEDS-0 1 2} EPOCHS=${EPOCHS-200} DATA=${DATA-cifar10} DATA_DIR=${DATA_DIR-data}
+OUT=${OUT-runs} GPUS=${GPUS-} METHODS=${METHODS-vat mixmatch fixmatch} PYTHON=${PYTHON-python}
+here=$(cd "$(dirname "$0")" && pwd)
+
+refuse() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+# ---- the settings, checked -----------------------------------------------------------------------
+
+for method in $METHODS; do
+    case $method in
+        vat | mixmatch | fixmatch) ;;
+        *) refuse "METHODS: there is no method '$method'; choose from vat, mixmatch, fixmatch" ;;
+    esac
+done
+
+given_eps=
+previous=
+for word in "$@"; do
+    case $word in
+        --data | --data=* | --data-dir | --data-dir=* | --epochs | --epochs=* | --seed | --seed=*)
+            refuse "${word%%=*}: set DATA, DATA_DIR, EPOCHS or SEEDS before the command instead" ;;
+        --out | --out=* | --select | --select=* | --pretrained | --pretrained=*)
+            refuse "${word%%=*} differs from run to run and is set by run_all.sh; see also OUT" ;;
+        --eps=*) given_eps=${word#*=} ;;
+    esac
+    [ "$previous" != --eps ] || given_eps=$word
+    previous=$word
+done
+
+command -v "$PYTHON" > /dev/null || refuse "PYTHON=$PYTHON: there is no such program"
+[ -n "$METHODS" ] || [ -d "$OUT" ] || refuse "OUT=$OUT: there is no such folder"
+OUT=${OUT%/}
+mkdir -p "$OUT" 2> /dev/null && [ -w "$OUT" ] || refuse "OUT=$OUT cannot be written; choose another"
+
+if [ -n "$METHODS" ] && [ -n "$GPUS" ]; then
+    found=$(CUDA_VISIBLE_DEVICES=${GPUS// /,} "$PYTHON" -c \
+        'import torch; print(torch.cuda.device_count())')
+    [ "$found" = "$(wc -w <<< "$GPUS")" ] ||
+        refuse "GPUS=$GPUS: PyTorch can use $found of them; nvidia-smi -L lists what there is"
+fi
+
+if [ -n "$METHODS" ] && [ "$DATA" = cifar10 ]; then # once, before several runs want it
+    PYTHONPATH=$here "$PYTHON" - "$DATA_DIR" << 'FETCH' || exit 2
+import sys
+from common import load_images
+
+try:
+    load_images("cifar10", sys.argv[1])
+except ValueError as error:
+    sys.exit(f"error: {error}")
+FETCH
+fi
+
+# ---- the runs ------------------------------------------------------------------------------------
+
+run() { # method seed select [option ...], in the background, so that a signal can stop it
+    local method=$1 seed=$2 select=$3
+    shift 3
+    "$PYTHON" "$here/${method}_scar.py" --data "$DATA" --data-dir "$DATA_DIR" --epochs "$EPOCHS" \
+        --seed "$seed" --select "$select" --out "$(folder "$method" "$seed" "$select")" "$@" &
+    child=$!
+    wait "$child"
+}
+
+folder() { # method seed select: the script's own default, in OUT
+    local name=$DATA eps=$given_eps
+    [ "$DATA" != folder ] || name=$(basename "$(realpath -m "$DATA_DIR")")
+    [ -n "$eps" ] || { [ "$1" = vat ] && eps=6 || eps=1; }
+    echo "$OUT/$1__${name}__$3-eps$(printf %g "$eps" 2> /dev/null)__seed$2"
+}
+
+both() { # method seed [option ...]: SCAR, then the control from the same pretraining
+    local method=$1 seed=$2
+    shift 2
+    child=
+    trap '[ -z "$child" ] || { kill "$child"; wait "$child"; }; exit 143' TERM
+    echo "== $method, seed $seed, SCAR"
+    run "$method" "$seed" fgsm "$@" || return 1
+    echo "== $method, seed $seed, control"
+    run "$method" "$seed" none --table2-eps 1 "$@" \
+        --pretrained "$(folder "$method" "$seed" fgsm)/pretrain.pt" || return 2
+}
+
+stop() {
+    trap '' INT TERM HUP
+    kill $(jobs -p) 2> /dev/null
+    wait
+    echo "run_all.sh stopped; the same command goes on" >&2
+    exit "$1"
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM HUP
+
+# Descriptor 3 holds the names of the free GPUs, a line each; an empty one where GPUS is empty.
+pipe=$(mktemp -u)
+mkfifo "$pipe"
+exec 3<> "$pipe"
+rm "$pipe"
+printf '%s\n' ${GPUS:-""} >&3
+
+jobs=()
+for seed in $SEEDS; do
+    for method in $METHODS; do
+        read -r gpu <&3
+        (
+            [ -z "$gpu" ] || export CUDA_VISIBLE_DEVICES=$gpu
+            if [ "$(wc -w <<< "$GPUS")" -gt 1 ]; then
+                log=$OUT/${method}__seed$seed.log
+                echo "$method, seed $seed: on GPU $gpu, output in $log"
+                exec >> "$log" 2>&1
+            fi
+            both "$method" "$seed" "$@"
+            code=$?
+            echo "$gpu" >&3
+            exit "$code"
+        ) &
+        jobs+=("$! $method $seed")
+    done
+done
+
+failed=()
+for job in ${jobs[@]+"${jobs[@]}"}; do
+    read -r pid method seed <<< "$job"
+    wait "$pid"
+    case $? in
+        0) ;;
+        2) failed+=("the control of $method, seed $seed") ;;
+        *) failed+=("$method, seed $seed (so its control was not run)") ;;
+    esac
+done
+
+# ---- the tables ----------------------------------------------------------------------------------
+
+"$PYTHON" - "$OUT" << 'TABLES'
+"""Makes Table 1 and Table 2 from OUT/*/result.json; prints them and writes OUT/tables.md."""
+import json
+import os
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+PAPER = {  # name, accuracy without and with SCAR; by eps: sensitivity, specificity
+    "vat": ("VAT", "85.25", "86.79", {
+        1: ("92.22 (7587/8227)", "47.10 (835/1773)"),
+        2: ("95.76 (6543/6833)", "37.42 (1185/3167)"),
+        3: ("97.48 (5494/5636)", "30.55 (1333/4364)"),
+        4: ("98.35 (4716/4795)", "26.81 (1396/5205)"),
+        6: ("98.93 (3684/3724)", "22.86 (1435/6276)"),
+    }),
+    "mixmatch": ("MixMatch", "89.99", "92.99", {1: ("98.91 (6054/6124)", "24.13 (936/3879)")}),
+    "fixmatch": ("FixMatch", "94.13", "95.17", {1: ("99.59 (6385/6411)", "15.63 (561/3589)")}),
+}
+TITLE = ("num_labeled", "depth", "width", "epochs", "steps_per_epoch", "batch_size")
+# What runs of one mean may differ in: the seed, what changes no result, and what is a row's own.
+FREE = {"seed", "out", "data_dir", "device", "compile", "tensorboard", "pretrained", "table2_eps",
+        "select", "eps", "val"}
+
+
+def read(path):
+    """A result.json, checked, with what tells it from others: its title, settings and row."""
+    run = json.loads(path.read_text())
+    args = run["args"]
+    run["before"], run["after"] = float(run["pretrain_accuracy"]), float(run["final_accuracy"])
+    run["title"] = (run["data"], *(args[name] for name in TITLE))
+    settings = {name: args[name] for name in args.keys() - FREE - set(TITLE)}
+    run["settings"] = tuple(sorted({**settings, "ranks": run["ranks"]}.items()))
+    run["row"] = (run["select"], -1.0 if run["select"] == "none" else float(run["eps"]))
+    run["table2"] = {
+        float(row["eps"]): ((row["kept_correct"], row["kept"]),
+                            (row["rejected_wrong"], row["rejected"]))
+        for row in run["table2"]
+    }
+    run["where"] = (run["device"], run["versions"]["torch"])
+    return run | {"name": PAPER[run["method"]][0]}
+
+
+def spread(values, sign=""):
+    """Mean, standard deviation and number, or a dash."""
+    deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean(values):{sign}.2f}{deviation} (n = {len(values)})" if values else "-"
+
+
+def rate(counts):
+    """Percent from [(part, whole), ...], a pair for each seed, with the mean counts behind it."""
+    percents = [100 * part / whole for part, whole in counts if whole]
+    if len(counts) == 1:
+        (part, whole), = counts
+        return f"{percents[0]:.2f} ({part}/{whole})" if whole else "none (0/0)"
+    parts, wholes = zip(*counts)
+    return f"{spread(percents)}, on average {mean(parts):.1f}/{mean(wholes):.1f}"
+
+
+def markdown(*rows):
+    """The lines of a table, the head first."""
+    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return [head, "|" + "---|" * len(rows[0]), *body, ""]
+
+
+def table1(runs, label):
+    """Rows of one method at one setting: pretraining, then each fine-tuning from it."""
+    _, paper_before, paper_after, _ = PAPER[runs[0]["method"]]
+    pretrained = {run["seed"]: run["before"] for run in runs if not run["args"]["pretrained"]}
+    # a control belongs to a run when both started from the same theta~
+    control = {(run["seed"], run["before"]): run["after"] for run in runs if run["select"] == "none"}
+    rows = [[label, paper_before, spread(list(pretrained.values())), "", ""]] if pretrained else []
+    for select, eps in sorted({run["row"] for run in runs}):
+        those = [run for run in runs if run["row"] == (select, eps)]
+        pairs = [(run["after"], control.get((run["seed"], run["before"]))) for run in those]
+        what = {"fgsm": f"SCAR (eps {eps:g})" if eps else "every pseudo-label (eps 0)",
+                "confidence": f"the most confident (as many as eps {eps:g} keeps)",
+                "none": "nothing (control)"}[select]
+        rows.append([
+            f"{label} + {what}",
+            paper_after if select == "fgsm" and eps else "",
+            spread([run["after"] for run in those]),
+            spread([run["after"] - run["before"] for run in those], "+"),
+            "" if select == "none" else spread([a - b for a, b in pairs if b is not None], "+"),
+        ])
+    return rows
+
+
+def table2(runs, label):
+    """Rows of one method at one setting: theta~ of each seed, attacked with each eps."""
+    paper = PAPER[runs[0]["method"]][3]
+    thetas = {run["seed"]: run["table2"] for run in runs if not run["args"]["pretrained"]}
+    rows = []
+    for eps in sorted({eps for theta in thetas.values() for eps in theta}):
+        counts = zip(*(theta[eps] for theta in thetas.values() if eps in theta))
+        rows.append([f"{label} (eps {eps:g})", *paper.get(eps, ("", "")), *map(rate, counts)])
+    return rows
+
+
+out, runs, left_out, unreadable, seen = Path(sys.argv[1]), [], [], [], {}
+for path in sorted(out.glob("*/result.json")):
+    try:
+        run = read(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        unreadable.append(f"{path} cannot be read ({type(error).__name__})")
+        continue
+    key = (run["method"], run["title"], run["settings"], run["row"], run["seed"])
+    if run["scored_on"] != "test":
+        left_out.append(f"{path.parent.name} (scored on {run['scored_on']} images)")
+    elif key in seen:
+        left_out.append(f"{path.parent.name} (the same run as {seen[key]})")
+    else:
+        seen[key] = path.parent.name
+        runs.append(run)
+
+lines = []
+for title in sorted({run["title"] for run in runs}, key=str):
+    data, labels, depth, width, epochs, steps, batch = title
+    first = [["Table 1: test accuracy (%)", "paper", "ours", "gain over pretraining",
+              "gain over control"]]
+    second = [["Table 2: theta~ on the test images (%)", "sensitivity, paper",
+               "specificity, paper", "sensitivity, ours", "specificity, ours"]]
+    for method, (name, *_) in PAPER.items():
+        all_of_it = [run for run in runs if (run["title"], run["method"]) == (title, method)]
+        choices = sorted({run["settings"] for run in all_of_it}, key=str)
+        for choice in choices:
+            differs = [f"{key} {value}" for key, value in choice
+                       if any(dict(other).get(key) != value for other in choices)]
+            label = ", ".join([name, *differs])
+            those = [run for run in all_of_it if run["settings"] == choice]
+            first += table1(those, label)
+            second += table2(those, label)
+    where = sorted({run["where"] for run in runs if run["title"] == title})
+    lines += [f"## {data}, {labels} labels, WRN-{depth}-{width}, {epochs} + {epochs} epochs of "
+              f"{steps} steps, batch {batch}", "", *markdown(*first), *markdown(*second),
+              "Run on " + "; ".join(f"{device}, torch {torch}" for device, torch in where), ""]
+if left_out:
+    lines += [f"Left out: {'; '.join(left_out)}.", ""]
+text = "\n".join(lines) if runs else f"There is no finished run in {out}.\n"
+print(text)
+partial = out / "tables.md.partial"
+partial.write_text(text)
+os.replace(partial, out / "tables.md")
+for sentence in unreadable:
+    print(f"error: {sentence}; delete the file and run again, or leave that run out",
+          file=sys.stderr)
+sys.exit(1 if unreadable else 0)
+TABLES
+code=$?
+
+for what in ${failed[@]+"${failed[@]}"}; do
+    echo "failed: $what" >&2
+    code=1
+done
+exit "$code"
