@@ -88,7 +88,7 @@ def parse_args(argv=None):
     add("--ema-decay", type=float, default=0.999, help="decay of the evaluated, averaged model")
     add("--lambda-u", type=float, default=0.3, help="weight of the unlabeled loss, after its ramp")
     add("--vat-eps", type=float, default=3.0, help="L2 radius of VAT, images in [0, 1]")
-    add("--xi", type=float, default=1.0, help="L2 length at which VAT probes a direction")
+    add("--xi", type=float, default=1.0, help="L2 length at which VAT probes for its direction")
     add("--power-iterations", type=int, default=1, help="to find VAT's direction; 0: random")
     add("--entropy-weight", type=float, default=0.0, help="weight of the predictions' entropy")
     add("--eps", type=float, default=6.0, help="FGSM's step in 1/255; 0 keeps every image")
@@ -181,11 +181,13 @@ def vat_direction(model, x, prob, xi, power_iterations, d0=None):
     """
     d = unit(torch.randn_like(x) if d0 is None else d0)
     for _ in range(power_iterations):
-        r = (xi * d).requires_grad_()
-        logits = forward_untracked(model, x + r)
-        # Cross-entropy is KL plus the entropy of prob, which does not depend on r
-        divergence = F.cross_entropy(logits.double(), prob.double(), reduction="sum")
-        (gradient,) = torch.autograd.grad(divergence, r)
+        with torch.enable_grad():
+            r = (xi * d).requires_grad_()
+            logits = forward_untracked(model, x + r)
+            # KL but for the entropy of prob, on which r has no influence; in float64, because a
+            # small xi makes differences that float32 rounds away
+            divergence = F.cross_entropy(logits.double(), prob.double(), reduction="sum")
+            (gradient,) = torch.autograd.grad(divergence, r)
         largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
         # squares of small numbers would be 0; where the gradient itself is, the direction stays
         d = torch.where(largest > 0, unit(gradient / largest), d)
