@@ -7,7 +7,8 @@
 #   METHODS= OUT=results/table1 bash run_all.sh   the tables alone, from OUT/*/result.json
 #
 # Stopped and given again, it goes on where it was. The tables are printed and kept in OUT/tables.md.
-# Exit code 0: done; 1: a run failed or a result.json cannot be read; 2: refused; 130, 143: stopped.
+# Exit code 0: done; 1: a run failed, or a result.json is damaged or missing; 2: refused; 130, 143:
+# stopped.
 
 set -u
 export LC_ALL=C
@@ -22,6 +23,13 @@ refuse() {
 
 # ---- the settings, checked -----------------------------------------------------------------------
 
+case $DATA in
+    cifar10 | folder | synthetic) ;;
+    *) refuse "DATA=$DATA: choose cifar10, folder or synthetic" ;;
+esac
+for number in $EPOCHS $SEEDS; do
+    [[ $number =~ ^[0-9]+$ ]] || refuse "EPOCHS and SEEDS are whole numbers, not '$number'"
+done
 for method in $METHODS; do
     case $method in
         vat | mixmatch | fixmatch) ;;
@@ -38,6 +46,9 @@ for word in "$@"; do
         --out | --out=* | --select | --select=* | --pretrained | --pretrained=*)
             refuse "${word%%=*} differs from run to run and is set by run_all.sh; see also OUT" ;;
         --eps=*) given_eps=${word#*=} ;;
+        -h | --help)
+            sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+            exit 0 ;;
     esac
     [ "$previous" != --eps ] || given_eps=$word
     previous=$word
@@ -48,20 +59,24 @@ command -v "$PYTHON" > /dev/null || refuse "PYTHON=$PYTHON: there is no such pro
 OUT=${OUT%/}
 mkdir -p "$OUT" 2> /dev/null && [ -w "$OUT" ] || refuse "OUT=$OUT cannot be written; choose another"
 
-if [ -n "$METHODS" ] && [ -n "$GPUS" ]; then
-    found=$(CUDA_VISIBLE_DEVICES=${GPUS// /,} "$PYTHON" -c \
+GPUS=${GPUS//,/ }
+gpu_count=$(wc -w <<< "$GPUS")
+if [ -n "$METHODS" ] && [ "$gpu_count" -gt 0 ]; then
+    found=$(CUDA_VISIBLE_DEVICES=$(echo $GPUS | tr ' ' ,) "$PYTHON" -c \
         'import torch; print(torch.cuda.device_count())')
-    [ "$found" = "$(wc -w <<< "$GPUS")" ] ||
+    [ "$found" = "$gpu_count" ] ||
         refuse "GPUS=$GPUS: PyTorch can use $found of them; nvidia-smi -L lists what there is"
 fi
 
 if [ -n "$METHODS" ] && [ "$DATA" = cifar10 ]; then # once, before several runs want it
-    PYTHONPATH=$here "$PYTHON" - "$DATA_DIR" << 'FETCH' || exit 2
+    "$PYTHON" - "$here" "$DATA_DIR" << 'FETCH' || exit 2
 import sys
+
+sys.path.insert(0, sys.argv[1])
 from common import load_images
 
 try:
-    load_images("cifar10", sys.argv[1])
+    load_images("cifar10", sys.argv[2])
 except ValueError as error:
     sys.exit(f"error: {error}")
 FETCH
@@ -89,7 +104,7 @@ both() { # method seed [option ...]: SCAR, then the control from the same pretra
     local method=$1 seed=$2
     shift 2
     child=
-    trap '[ -z "$child" ] || { kill "$child"; wait "$child"; }; exit 143' TERM
+    trap '[ -z "$child" ] || { kill "$child" 2> /dev/null; wait "$child"; }; exit 143' TERM
     echo "== $method, seed $seed, SCAR"
     run "$method" "$seed" fgsm "$@" || return 1
     echo "== $method, seed $seed, control"
@@ -98,7 +113,7 @@ both() { # method seed [option ...]: SCAR, then the control from the same pretra
 }
 
 stop() {
-    trap '' INT TERM HUP
+    trap - INT TERM HUP # a second signal ends this at once
     kill $(jobs -p) 2> /dev/null
     wait
     echo "run_all.sh stopped; the same command goes on" >&2
@@ -112,7 +127,7 @@ pipe=$(mktemp -u)
 mkfifo "$pipe"
 exec 3<> "$pipe"
 rm "$pipe"
-printf '%s\n' ${GPUS:-""} >&3
+printf '%s\n' $GPUS >&3 # without a GPU that is an empty line
 
 jobs=()
 for seed in $SEEDS; do
@@ -120,7 +135,7 @@ for seed in $SEEDS; do
         read -r gpu <&3
         (
             [ -z "$gpu" ] || export CUDA_VISIBLE_DEVICES=$gpu
-            if [ "$(wc -w <<< "$GPUS")" -gt 1 ]; then
+            if [ "$gpu_count" -gt 1 ]; then
                 log=$OUT/${method}__seed$seed.log
                 echo "$method, seed $seed: on GPU $gpu, output in $log"
                 exec >> "$log" 2>&1
@@ -170,24 +185,35 @@ TITLE = ("num_labeled", "depth", "width", "epochs", "steps_per_epoch", "batch_si
 # What runs of one mean may differ in: the seed, what changes no result, and what is a row's own.
 FREE = {"seed", "out", "data_dir", "device", "compile", "tensorboard", "pretrained", "table2_eps",
         "select", "eps", "val"}
+ROWS = {"fgsm": "SCAR (eps {:g})", "none": "nothing (control)",
+        "confidence": "the most confident (as many as eps {:g} keeps)"}
 
 
 def read(path):
-    """A result.json, checked, with what tells it from others: its title, settings and row."""
+    """What the tables need of a result.json, checked."""
     run = json.loads(path.read_text())
-    args = run["args"]
-    run["before"], run["after"] = float(run["pretrain_accuracy"]), float(run["final_accuracy"])
-    run["title"] = (run["data"], *(args[name] for name in TITLE))
-    settings = {name: args[name] for name in args.keys() - FREE - set(TITLE)}
-    run["settings"] = tuple(sorted({**settings, "ranks": run["ranks"]}.items()))
-    run["row"] = (run["select"], -1.0 if run["select"] == "none" else float(run["eps"]))
-    run["table2"] = {
-        float(row["eps"]): ((row["kept_correct"], row["kept"]),
-                            (row["rejected_wrong"], row["rejected"]))
-        for row in run["table2"]
+    args, accuracies = run["args"], (float(run["pretrain_accuracy"]), float(run["final_accuracy"]))
+    theta = args["pretrained"] and Path(args["pretrained"]).parent.name
+    select, eps = run["select"], float(run["eps"])
+    table2 = {float(row["eps"]): ((int(row["kept_correct"]), int(row["kept"])),
+                                  (int(row["rejected_wrong"]), int(row["rejected"])))
+              for row in run["table2"]}
+    if not all(0 <= accuracy <= 100 for accuracy in accuracies) or any(
+        not 0 <= part <= whole for counts in table2.values() for part, whole in counts
+    ):
+        raise ValueError
+    what = ROWS[select].format(eps) if eps or select != "fgsm" else "every pseudo-label (eps 0)"
+    settings = {name: str(args[name]) for name in args.keys() - FREE - set(TITLE)}
+    return {
+        "method": str(run["method"]), "name": PAPER[run["method"]][0], "seed": int(run["seed"]),
+        "scored_on": str(run["scored_on"]), "table2": table2,
+        "folder": path.parent.name, "theta": theta or path.parent.name,
+        "before": accuracies[0], "after": accuracies[1],
+        "title": (str(run["data"]), *(int(args[name]) for name in TITLE)),
+        "settings": {**settings, "ranks": str(run["ranks"])},
+        "row": (select, -1.0 if select == "none" else eps, what),
+        "where": f"{run['device']}, torch {run['versions']['torch']}",
     }
-    run["where"] = (run["device"], run["versions"]["torch"])
-    return run | {"name": PAPER[run["method"]][0]}
 
 
 def spread(values, sign=""):
@@ -215,22 +241,19 @@ def markdown(*rows):
 def table1(runs, label):
     """Rows of one method at one setting: pretraining, then each fine-tuning from it."""
     _, paper_before, paper_after, _ = PAPER[runs[0]["method"]]
-    pretrained = {run["seed"]: run["before"] for run in runs if not run["args"]["pretrained"]}
-    # a control belongs to a run when both started from the same theta~
-    control = {(run["seed"], run["before"]): run["after"] for run in runs if run["select"] == "none"}
-    rows = [[label, paper_before, spread(list(pretrained.values())), "", ""]] if pretrained else []
-    for select, eps in sorted({run["row"] for run in runs}):
-        those = [run for run in runs if run["row"] == (select, eps)]
-        pairs = [(run["after"], control.get((run["seed"], run["before"]))) for run in those]
-        what = {"fgsm": f"SCAR (eps {eps:g})" if eps else "every pseudo-label (eps 0)",
-                "confidence": f"the most confident (as many as eps {eps:g} keeps)",
-                "none": "nothing (control)"}[select]
+    thetas = {run["seed"]: run["before"] for run in runs if run["theta"] == run["folder"]}
+    control = {run["theta"]: run["after"] for run in runs if run["row"][0] == "none"}
+    rows = [[label, paper_before, spread(list(thetas.values())), "", ""]] if thetas else []
+    for row in sorted({run["row"] for run in runs}):
+        those = [run for run in runs if run["row"] == row]
+        scar = row[0] == "fgsm" and row[1] > 0
+        over = [run["after"] - control[run["theta"]] for run in those if run["theta"] in control]
         rows.append([
-            f"{label} + {what}",
-            paper_after if select == "fgsm" and eps else "",
+            f"{label} + {row[2]}",
+            paper_after if scar else "",
             spread([run["after"] for run in those]),
             spread([run["after"] - run["before"] for run in those], "+"),
-            "" if select == "none" else spread([a - b for a, b in pairs if b is not None], "+"),
+            "" if row[0] == "none" else spread(over, "+"),
         ])
     return rows
 
@@ -238,7 +261,7 @@ def table1(runs, label):
 def table2(runs, label):
     """Rows of one method at one setting: theta~ of each seed, attacked with each eps."""
     paper = PAPER[runs[0]["method"]][3]
-    thetas = {run["seed"]: run["table2"] for run in runs if not run["args"]["pretrained"]}
+    thetas = {run["seed"]: run["table2"] for run in runs if run["theta"] == run["folder"]}
     rows = []
     for eps in sorted({eps for theta in thetas.values() for eps in theta}):
         counts = zip(*(theta[eps] for theta in thetas.values() if eps in theta))
@@ -249,50 +272,70 @@ def table2(runs, label):
 out, runs, left_out, unreadable, seen = Path(sys.argv[1]), [], [], [], {}
 for path in sorted(out.glob("*/result.json")):
     try:
-        run = read(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        unreadable.append(f"{path} cannot be read ({type(error).__name__})")
-        continue
-    key = (run["method"], run["title"], run["settings"], run["row"], run["seed"])
+        runs.append(read(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        unreadable.append(f"{path} is damaged or another kind of file ({type(error).__name__})")
+
+# Each run belongs to a theta~ that was pretrained in OUT; where its own settings differ from those
+# of that pretraining, they differ from those of its other fine-tunings too.
+origins, kept = {run["folder"]: run for run in runs}, []
+for run in runs:
+    origin = origins.get(run["theta"])
     if run["scored_on"] != "test":
-        left_out.append(f"{path.parent.name} (scored on {run['scored_on']} images)")
-    elif key in seen:
-        left_out.append(f"{path.parent.name} (the same run as {seen[key]})")
-    else:
-        seen[key] = path.parent.name
-        runs.append(run)
+        left_out.append(f"{run['folder']} (scored on {run['scored_on']} images)")
+        continue
+    if origin is None or origin["theta"] != origin["folder"]:
+        left_out.append(f"{run['folder']} (its pretraining, {run['theta']}, is not in {out})")
+        continue
+    other = {f"theta~ {name}": value for name, value in origin["settings"].items()
+             if run["settings"].get(name) != value}
+    other |= {f"theta~ {name}": str(value) for name, value, own
+              in zip(TITLE, origin["title"][1:], run["title"][1:]) if value != own}
+    run["choice"] = tuple(sorted((run["settings"] | other).items()))
+    key = (run["method"], run["title"], run["choice"], run["row"], run["seed"])
+    if key in seen:
+        left_out.append(f"{run['folder']} (the same run as {seen[key]})")
+        continue
+    seen[key] = run["folder"]
+    kept.append(run)
 
 lines = []
-for title in sorted({run["title"] for run in runs}, key=str):
+for title in sorted({run["title"] for run in kept}):
     data, labels, depth, width, epochs, steps, batch = title
     first = [["Table 1: test accuracy (%)", "paper", "ours", "gain over pretraining",
               "gain over control"]]
     second = [["Table 2: theta~ on the test images (%)", "sensitivity, paper",
                "specificity, paper", "sensitivity, ours", "specificity, ours"]]
+    notes = []
     for method, (name, *_) in PAPER.items():
-        all_of_it = [run for run in runs if (run["title"], run["method"]) == (title, method)]
-        choices = sorted({run["settings"] for run in all_of_it}, key=str)
+        of_method = [run for run in kept if (run["title"], run["method"]) == (title, method)]
+        choices = sorted({run["choice"] for run in of_method})
         for choice in choices:
             differs = [f"{key} {value}" for key, value in choice
                        if any(dict(other).get(key) != value for other in choices)]
             label = ", ".join([name, *differs])
-            those = [run for run in all_of_it if run["settings"] == choice]
+            those = [run for run in of_method if run["choice"] == choice]
             first += table1(those, label)
             second += table2(those, label)
-    where = sorted({run["where"] for run in runs if run["title"] == title})
+            settings = ", ".join(f"{key} {value}" for key, value in choice)
+            seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in those}))
+            notes.append(f"- {label}: {settings}; seeds {seeds}")
+    where = sorted({run["where"] for run in kept if run["title"] == title})
     lines += [f"## {data}, {labels} labels, WRN-{depth}-{width}, {epochs} + {epochs} epochs of "
               f"{steps} steps, batch {batch}", "", *markdown(*first), *markdown(*second),
-              "Run on " + "; ".join(f"{device}, torch {torch}" for device, torch in where), ""]
+              *notes, f"- run on {'; '.join(where)}", ""]
 if left_out:
     lines += [f"Left out: {'; '.join(left_out)}.", ""]
-text = "\n".join(lines) if runs else f"There is no finished run in {out}.\n"
-print(text)
-partial = out / "tables.md.partial"
-partial.write_text(text)
-os.replace(partial, out / "tables.md")
+if kept:
+    text = "\n".join(lines)
+    print(text)
+    partial = out / "tables.md.partial"
+    partial.write_text(text)
+    os.replace(partial, out / "tables.md")
+else:
+    unreadable.append(f"there is no finished run on test images in {out}")
 for sentence in unreadable:
-    print(f"error: {sentence}; delete the file and run again, or leave that run out",
-          file=sys.stderr)
+    print(f"error: {sentence}", file=sys.stderr)
 sys.exit(1 if unreadable else 0)
 TABLES
 code=$?
