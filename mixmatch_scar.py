@@ -22,6 +22,7 @@ The paper's run is still to come.
 import argparse
 import copy
 import csv
+import fcntl
 import importlib.util
 import io
 import json
@@ -327,6 +328,7 @@ def training_step(run, x_l, y_l, x_u, step, phase, args):
 
 PHASES = ("pretrain", "finetune")
 STATEFUL = ("model", "average", "optimizer")
+CHECKPOINT = (*STATEFUL, "given", "fingerprint", "phase", "epoch", "rows", "found", "labels")
 MAY_CHANGE = {"device", "out", "data_dir", "compile", "tensorboard"}  # when a run is resumed
 
 
@@ -502,20 +504,27 @@ def as_csv(rows):
     return text.getvalue()
 
 
-def load(path):
+def load(path, *names):
     """What a .json or a torch.save file holds, on the CPU; runs nothing that it may hide.
 
-    Raises ValueError with one sentence when it cannot be read.
+    names: the entries that it must have. Raises ValueError with one sentence when it cannot be read
+    or is something else.
     """
     try:
         if Path(path).suffix == ".json":
-            return json.loads(Path(path).read_text())
-        return torch.load(path, map_location="cpu", weights_only=True)
+            content = json.loads(Path(path).read_text())
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        for name in names:
+            content[name]
+        return content
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
     except Exception as error:  # torch.load has a dozen kinds for a damaged file
         kind = type(error).__name__
-        raise ValueError(f"{path} is damaged or another kind of file ({kind})") from None
+        raise ValueError(
+            f"{path} is damaged or another kind of file ({kind}); delete or replace it"
+        ) from None
 
 
 def find_run(out, given):
@@ -530,19 +539,55 @@ def find_run(out, given):
         return None, None
     if not (out / "args.json").exists():
         raise ValueError(f"{out} is not empty and holds no run; choose another --out")
-    begun = load(out / "args.json")
-    changed = [
+    result = checkpoint = None
+    begun = load(out / "args.json", "method")
+    if (out / "result.json").exists():
+        result = load(out / "result.json", "args", "final_accuracy", "table2")
+    elif (out / "checkpoint.pt").exists():
+        checkpoint = load(out / "checkpoint.pt", *CHECKPOINT)
+    for held in (begun, checkpoint["given"] if checkpoint else begun):
+        changed = settings_changed(held, given, (held.keys() | given.keys()) - MAY_CHANGE)
+        if changed:
+            raise ValueError(
+                f"{out} holds a run with other settings ({changed}); choose another --out, or "
+                "delete the folder to start over"
+            )
+    return result, checkpoint
+
+
+def settings_changed(begun, given, names):
+    """Which of the named settings differ between two command lines, in words; "" if none does."""
+    return "; ".join(
         f"{name} was {begun.get(name)}, now {given.get(name)}"
-        for name in sorted(begun.keys() | given.keys())
-        if name not in MAY_CHANGE and begun.get(name) != given.get(name)
-    ]
-    if changed:
-        raise ValueError(
-            f"{out} holds a run with other settings ({'; '.join(changed)}); choose another --out, "
-            "or delete the folder to start over"
-        )
-    names = ("result.json", "checkpoint.pt")
-    return tuple(load(out / name) if (out / name).exists() else None for name in names)
+        for name in sorted(names)
+        if begun.get(name) != given.get(name)
+    )
+
+
+def load_pretrained(path, given):
+    """The weights in a pretrain.pt, of a run with the same method and labels where that is known.
+
+    Raises ValueError with one sentence.
+    """
+    weights, beside = load(path), Path(path).with_name("args.json")
+    if beside.exists():
+        begun = load(beside, "method")
+        changed = settings_changed(begun, given, ("method", "data", "num_labeled", "seed"))
+        if changed:
+            raise ValueError(f"--pretrained {path} is of a run with other labels ({changed})")
+    return weights
+
+
+def lock(out):
+    """Keeps other processes out of the run folder until this one ends, however it ends."""
+    file = open(out / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{out} is in use by another process; let it end, or stop it") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 def prepare(args):
@@ -551,6 +596,8 @@ def prepare(args):
     Settles args.out, .device, .precision and .compile. Raises ValueError or OSError, one sentence.
     """
     given = {"method": METHOD, **vars(args)}
+    if args.pretrained:  # with its run folder, wherever that is by now
+        given["pretrained"] = "/".join(Path(args.pretrained).resolve().parts[-2:])
     data = Path(args.data_dir).resolve().name if args.data == "folder" else args.data
     if args.out is None:
         args.out = f"runs/{METHOD}__{data}__{args.select}-eps{args.eps:g}__seed{args.seed}"
@@ -574,7 +621,9 @@ def prepare(args):
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; matrix products have it off already
     device = torch.device(args.device)
-    pretrained = load(args.pretrained) if args.pretrained and not checkpoint else None
+    pretrained = None
+    if args.pretrained and not checkpoint:
+        pretrained = load_pretrained(args.pretrained, given)
 
     say(f"loading {data}")
     x, y, x_scored, y_scored = load_images(args.data, args.data_dir)
@@ -604,9 +653,10 @@ def prepare(args):
                 f"--pretrained {args.pretrained} does not hold the weights of a WRN-{args.depth}-"
                 f"{args.width} for {int(y.max()) + 1} classes"
             ) from None
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            raise ValueError(f"--pretrained {args.pretrained} holds weights that are not finite")
     model = model.to(device, memory_format=torch.channels_last)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    return SimpleNamespace(
+    run = SimpleNamespace(
         out=Path(args.out),
         result=None,
         given=given,
@@ -623,12 +673,24 @@ def prepare(args):
         optimizer=make_optimizer(model, args),
         batch_loss=torch.compile(batch_loss) if args.compile else batch_loss,
     )
+    if checkpoint:
+        try:
+            for name in STATEFUL:
+                getattr(run, name).load_state_dict(checkpoint[name])
+            run.labels.copy_(checkpoint["labels"])
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError):
+            raise ValueError(
+                f"{run.out / 'checkpoint.pt'} does not fit this run; delete it to start over"
+            ) from None
+    run.out.mkdir(parents=True, exist_ok=True)
+    run.lock = lock(run.out)
+    return run
 
 
 def device_name(args):
     """The GPU's name, or the CPU's architecture and the threads in use."""
-    threads = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return torch.cuda.get_device_name() if args.device == "cuda" else threads
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+    return torch.cuda.get_device_name() if args.device == "cuda" else cpu
 
 
 def announce(run, args):
@@ -702,12 +764,9 @@ def train(run, args, command):
         board = SummaryWriter(run.out)
 
     start = "finetune" if args.pretrained else "pretrain"
-    state = {"phase": start, "epoch": 0, "rows": [], "found": None, "fingerprint": run.fingerprint}
-    if run.checkpoint:
-        state = run.checkpoint
-        for name in STATEFUL:
-            getattr(run, name).load_state_dict(state[name])
-        run.labels.copy_(state["labels"])
+    state = {"phase": start, "epoch": 0, "rows": [], "found": None}
+    state |= {"given": run.given, "fingerprint": run.fingerprint}
+    state = run.checkpoint or state
 
     first = True
     for phase in PHASES[PHASES.index(state["phase"]) :]:
@@ -723,8 +782,10 @@ def train(run, args, command):
             first = False
             state |= {"epoch": epoch, "rows": [*state["rows"], row], "labels": run.labels}
             state |= {name: getattr(run, name).state_dict() for name in STATEFUL}
+            save(
+                as_csv(state["rows"]), run.out / "metrics.csv"
+            )  # first: it may be ahead, not behind
             save(state, run.out / "checkpoint.pt")
-            save(as_csv(state["rows"]), run.out / "metrics.csv")
             for name in row.keys() - {"phase", "epoch"} if board else ():
                 board.add_scalar(f"{phase}/{name}", row[name], epoch)
     if board:
@@ -784,12 +845,15 @@ def main(argv=None):
     except KeyboardInterrupt as signal_received:
         code = 143 if signal_received.args else 130
         leave(code, "stopped; the same command goes on after the last finished epoch")
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         leave(1, "error: out of memory on the device; lower --batch-size or --width")
     except (ValueError, OSError, FloatingPointError) as error:
         if run and isinstance(error, ValueError):
             raise  # in training that is a mistake in the code, and the traceback helps
         leave(1 if run else 2, f"error: {error}")
+    finally:
+        if run and run.result is None:
+            run.lock.close()
     print(f"\n{tables(result)}\n\nmodel.pt, result.json, metrics.csv, selection.png: in {run.out}")
     return result
 

@@ -7,6 +7,8 @@ import itertools
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -633,6 +635,51 @@ def test_which_forward_moves_the_running_statistics(images):
             torch.testing.assert_close(model.get_buffer(name), buffer, msg=f"{loss} {name}")
 
 
+def test_vat_sees_the_same_unlabeled_images_in_training_mode(images):
+    """Clean, probing and perturbed forward: the unlabeled images alone, with batch statistics."""
+    seen = []
+
+    class Witness(nn.BatchNorm2d):
+        def forward(self, x):
+            seen.append((self.training, x.detach()))
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Witness(3), nn.Flatten(), nn.Linear(3072, 10)).train()
+    x_l, x_u = vat_scar.to_float(images[0][:24]).split(8)[:2]
+    vat_loss(model, x_l, images[1][:8], x_u, 0.5, 3.0, 1, 1.0, 0.0)
+    assert [training for training, _ in seen] == [True] * 4
+    moved = [(x - x_u).flatten(1).norm(dim=1) for _, x in seen[1:]]
+    for distance, expected in zip(moved, (0.0, 0.5, 3.0)):
+        torch.testing.assert_close(distance, torch.full((8,), expected), rtol=1e-4, atol=1e-6)
+    assert torch.equal(seen[0][1], x_l)
+
+
+def test_mixmatch_guesses_each_view_on_its_own(images):
+    """So its batch statistics are those of one view, as in MixMatch's code."""
+    sizes = []
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3072, 10)).train()
+    model.register_forward_hook(lambda module, x, logits: sizes.append(len(logits)))
+    x_l, x_u1, x_u2 = vat_scar.to_float(images[0][:24]).split(8)
+    mixmatch_loss(model, x_l, images[1][:8], x_u1, x_u2, 0.5, 0.75, 1.0)
+    assert sizes == [8, 8, 24]
+
+
+@pytest.mark.parametrize("scale", [300, 1500])
+def test_vat_direction_of_a_very_confident_model(scale):
+    """Predictions of 1 - 1e-20 and beyond still have a direction, that of float64."""
+    model = plain_net()
+    with torch.no_grad():
+        model[3].weight *= scale
+        x, d0 = torch.rand(2, 8, 3, 32, 32)
+        prob = model(x).softmax(1)
+    d = vat_direction(model, x, prob, 0.1, 1, d0)
+    torch.testing.assert_close(d.flatten(1).norm(dim=1), torch.ones(8))
+    model = model.double()
+    exact = vat_direction(model, x.double(), model(x.double()).softmax(1).detach(), 0.1, 1, d0)
+    assert (d * exact).sum((1, 2, 3)).min().item() > 0.99
+
+
 def test_forward_untracked_is_a_training_forward(images):
     model = WideResNet(10, 10, 1).train()
     x = vat_scar.to_float(images[0][:8])
@@ -1146,6 +1193,7 @@ def test_whole_run_learns_selects_and_leaves_its_files(images, tmp_path, monkeyp
         "args.json",
         "fixmatch_scar.py",
         "checkpoint.pt",
+        "lock",
         "pretrain.pt",
         "model.pt",
         "selection.png",
@@ -1434,6 +1482,310 @@ def test_stops_when_the_loss_is_not_finite(few_images, tmp_path, capsys):
     assert "not finite" in sentence and "--lr" in sentence
 
 
+# ------------------------------------------------------------------ faults, interruptions, bad data
+
+# Runs a script again and again in forked children, each killed at a random moment, until one ends.
+# The first kills come at set moments: in the selection and with a checkpoint half written.
+KILLER = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)  # a forked child would wait for the threads that stayed behind
+import {script} as script
+from common import load_images
+
+x, y, x_test, y_test = load_images("synthetic", None)
+few = x[:300], y[:300], x_test[:100], y_test[:100]
+script.load_images = lambda data, data_dir: few
+kill = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+write = script.Path.write_bytes
+
+def write_half(path, content):
+    write(path, content[: len(content) // 2])
+    kill()
+
+def child(argv, moment):
+    pid = os.fork()
+    if pid:
+        return pid
+    sys.stdout = open(os.devnull, "w")
+    if moment == "selection":
+        script.select_clean = kill
+    if moment == "writing":
+        script.Path.write_bytes = write_half
+    if moment == "before the move":
+        script.os.replace = kill
+    script.main(argv)
+    os._exit(0)
+
+argv = {argv}
+started = time.time()
+assert os.waitpid(child([*argv, "--out", {out!r} + "/one_go"], None), 0)[1] == 0
+length = time.time() - started
+random.seed({seed})
+moments = ["selection", "writing", "before the move"] + [None] * {kills}
+survived = []
+for moment in moments:
+    if os.path.exists({out!r} + "/killed/result.json"):
+        break
+    pid = child([*argv, "--out", {out!r} + "/killed"], moment)
+    if not moment:
+        time.sleep(random.uniform(0, length / 2))
+        os.kill(pid, signal.SIGKILL)
+    if os.waitpid(pid, 0)[1] == signal.SIGKILL:
+        survived.append(moment or "random")
+assert os.waitpid(child([*argv, "--out", {out!r} + "/killed"], None), 0)[1] == 0
+print(len(survived), "kills survived, one run takes", round(length, 1), "s")
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS[: 3 if "KILLS" in os.environ else 1])
+def test_killed_at_any_moment_it_ends_the_same(script, tmp_path):
+    """KILLS=40 does it for all three scripts, with so many kills at random moments."""
+    argv = [*SMALL.split(), "--epochs", "4", "--table2-eps", "1"]
+    program = KILLER.format(
+        script=script.__name__,
+        argv=argv,
+        out=str(tmp_path),
+        seed=0,
+        kills=os.environ.get("KILLS", 6),
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(script.METHOD, done.stdout)
+    assert int(done.stdout.split()[0]) >= 6
+    for name in ("pretrain.pt", "model.pt"):
+        one_go, killed = (
+            torch.load(tmp_path / run / name, weights_only=True) for run in ("one_go", "killed")
+        )
+        assert all(torch.equal(one_go[key], killed[key]) for key in one_go | killed)
+    epochs = [(row["phase"], row["epoch"]) for row in read_rows(tmp_path / "killed")]
+    assert epochs == [(phase, f"{n}") for phase in ("pretrain", "finetune") for n in range(1, 5)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_second_process_on_a_run_folder_leaves(script, few_images, tmp_path, monkeypatch, capsys):
+    command = [*SMALL.split(), "--out", str(tmp_path / "run")]
+    sentences, original = [], script.training_step
+
+    def second_process(*args):
+        if not sentences:
+            sentences.append(None)
+            sentences[0] = refusal(capsys, *command, script=script)
+        return original(*args)
+
+    monkeypatch.setattr(script, "training_step", second_process)
+    assert script.main(command)["final_accuracy"] >= 0
+    assert "in use by another process" in sentences[0]
+
+
+class Hostile:
+    """Unpickled without care, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture(scope="module")
+def stopped_runs(images, tmp_path_factory):
+    """A folder with runs that were stopped in fine-tuning, and the command that makes another."""
+    root = tmp_path_factory.mktemp("stopped")
+    x_train, y_train, x_test, y_test = images
+    few = x_train[:300], y_train[:300], x_test[:100], y_test[:100]
+    command = [*SMALL.split(), "--table2-eps", "1"]
+    for script, name, options in (
+        (fixmatch_scar, "mine", []),
+        (fixmatch_scar, "slow", ["--lr", "0.01"]),
+        (fixmatch_scar, "seed", ["--seed", "1"]),
+        (vat_scar, "vat", []),
+    ):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(script, "load_images", lambda data, data_dir: few)
+            interrupt_at(patch, script, "training_step", 14)
+            script.main([*command, *options, "--out", str(root / name)])
+    return root, command
+
+
+@pytest.fixture
+def stopped(stopped_runs, few_images, tmp_path, capsys):
+    """A copy of stopped_runs for one test."""
+    shutil.copytree(stopped_runs[0], tmp_path / "runs")
+    return tmp_path / "runs", stopped_runs[1]
+
+
+@pytest.mark.parametrize("fault", ["cut off", "empty", "text", "hostile", "a list", "weights"])
+@pytest.mark.parametrize("name", ["checkpoint.pt", "pretrain.pt", "result.json", "args.json"])
+def test_damaged_files_are_named_and_left_alone(name, fault, stopped, capsys):
+    root, command = stopped
+    command = [*command, "--out", str(root / "mine")]
+    if name == "pretrain.pt":
+        (root / "mine" / "args.json").unlink()  # which would tell more
+        command[-1:] = [str(root / "other"), "--pretrained", str(root / "mine" / name)]
+    path = root / "mine" / name
+    whole = path.read_bytes() if path.exists() else b"{}"
+    faults = {"cut off": whole[: len(whole) // 2], "empty": b"", "text": b"hello"}
+    if fault == "hostile":
+        torch.save(Hostile(root.parent / "harm"), path)
+    elif fault == "a list":
+        path.write_text("[1, 2]")
+        if path.suffix == ".pt":
+            torch.save([1, 2], path)
+    elif fault == "weights":  # a good file, but another kind
+        torch.save({"weight": torch.ones(2)}, path)
+    else:
+        path.write_bytes(faults[fault])
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    assert str(path) in refusal(capsys, *command)
+    assert before == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    assert not (root.parent / "harm").exists()
+
+
+def test_checkpoints_of_another_run_are_refused(stopped, capsys):
+    """Another method's or setting's, put into a run folder, or given as --pretrained."""
+    root, command = stopped
+    mine = root / "mine" / "checkpoint.pt"
+    whole = mine.read_bytes()
+    resume = [*command, "--out", str(root / "mine")]
+    for other, sentence in (("vat", "method was vat"), ("slow", "lr was 0.01, now 0.03")):
+        mine.write_bytes((root / other / "checkpoint.pt").read_bytes())
+        assert sentence in refusal(capsys, *resume)
+    checkpoint = torch.load(root / "slow" / "checkpoint.pt", weights_only=True)
+    checkpoint["given"]["lr"], checkpoint["model"] = 0.03, {}
+    torch.save(checkpoint, mine)
+    assert "checkpoint.pt does not fit this run" in refusal(capsys, *resume)
+    mine.write_bytes(whole)
+    assert fixmatch_scar.main(resume)["seed"] == 0
+
+    new = [*command, "--out", str(root / "new"), "--pretrained"]
+    for other, sentence in (("vat", "method was vat"), ("seed", "seed was 1, now 0")):
+        assert sentence in refusal(capsys, *new, root / other / "pretrain.pt")
+    weights = torch.load(root / "mine" / "pretrain.pt", weights_only=True)
+    weights["conv.weight"][0] = math.nan
+    torch.save(weights, root / "nan.pt")
+    assert "not finite" in refusal(capsys, *new, root / "nan.pt")
+    assert not (root / "new").exists()
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["nothing", "everything"])
+def test_selection_of_nothing_or_everything(kept, few_images, tmp_path, monkeypatch, capsys):
+    original = vat_scar.select_clean
+
+    def all_or_nothing(model, x, eps):
+        keep, pseudo = original(model, x, eps)
+        return torch.full_like(keep, kept), pseudo
+
+    monkeypatch.setattr(vat_scar, "select_clean", all_or_nothing)
+    result = vat_scar.main([*SMALL.split(), "--table2-eps", "1", "--out", str(tmp_path / "run")])
+    assert result["selection"]["kept"] == (200 if kept else 0)
+    assert ("200 images (100.00 %)" if kept else "adds nothing") in capsys.readouterr().out
+    with Image.open(tmp_path / "run" / "selection.png") as picture:
+        assert picture.size == (17 * 38 + 2, 10 * 38 + 2)
+    strict = (tmp_path / "run" / "result.json").read_text()
+    assert "NaN" not in strict and json.loads(strict)["table2"][0]["kept"] == (100 if kept else 0)
+
+
+def test_out_of_memory_is_a_sentence(few_images, tmp_path, monkeypatch, capsys):
+    def no_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(vat_scar, "training_step", no_memory)
+    command = [*SMALL.split(), "--out", tmp_path / "run"]
+    assert "lower --batch-size" in refusal(capsys, *command, script=vat_scar, code=1)
+
+
+def test_images_of_every_kind_are_read_or_refused(tmp_path):
+    """What is not an 8-bit image, or not a whole one, is named; everything else is read."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    grey = image.convert("L")
+    image.save(tmp_path / "plain.png")
+    image.convert("RGBA").save(tmp_path / "rgba.png")
+    grey.save(tmp_path / "grey.png")
+    grey.convert("1").save(tmp_path / "black and white.png")
+    image.convert("CMYK").save(tmp_path / "cmyk.tiff")
+    image.quantize(256).save(tmp_path / "palette.png")
+    turned = image.rotate(90)
+    image.save(tmp_path / "animated.png", save_all=True, append_images=[turned])
+    Image.new("RGB", (1, 1), (9, 8, 7)).save(tmp_path / "tiny.png")
+    Image.new("RGB", (4000, 3000), (9, 8, 7)).save(tmp_path / "large.jpg")
+    read = {path.stem: common._read_image(path) for path in tmp_path.iterdir()}
+    assert all(array.shape == (32, 32, 3) and array.dtype == np.uint8 for array in read.values())
+    for name in ("plain", "rgba", "animated"):
+        assert (read[name] == pixels).all(), name
+    assert (read["grey"] == np.asarray(grey)[:, :, None]).all()
+    assert np.abs(read["cmyk"].astype(int) - pixels).max() <= 2
+    assert np.abs(read["palette"].astype(int) - pixels).mean() < 20
+    for name in ("tiny", "large"):
+        assert np.abs(read[name].astype(int) - [9, 8, 7]).max() <= 2
+
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 60).save(bad / "16 bit.png")
+    Image.fromarray(np.ones((32, 32), np.float32)).save(bad / "float.tiff")
+    Image.new("1", (20000, 20000)).save(bad / "bomb.png")
+    (bad / "text.png").write_text("hello")
+    (bad / "empty.png").touch()
+    whole = (tmp_path / "plain.png").read_bytes()
+    (bad / "cut off.png").write_bytes(whole[: len(whole) // 2])
+    for path in bad.iterdir():
+        with pytest.raises(ValueError, match=str(path)) as error:
+            common._read_image(path)
+        assert "\n" not in str(error.value)
+
+
+def test_any_command_line_is_parsed_or_refused(few_images, tmp_path, capsys):
+    """10,000 random ones: arguments, or exit code 2 with one sentence; then a few of them run."""
+    values = [
+        "0", "1", "2", "-1", "3", "10", "16", "0.5", "1e-3", "1e400", "-1e400", "nan", "inf",
+        "99999999999999999999", "9" * 5000, "1_0", "0x10", "", " ", "--", "-", "é", "\t",
+        "cpu", "cuda", "auto", "fgsm", "none", "confidence", "synthetic", "folder", "bf16", "fp32",
+        "-inf", "1 2", "%s", "{}", "../..",
+    ]  # fmt: skip
+    rng, accepted = np.random.default_rng(0), []
+    for script in SCRIPTS:
+        with pytest.raises(SystemExit):
+            script.parse_args(["--help"])
+        names = sorted(set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out)) - {"--help"})
+        assert len(names) > 25
+        for _ in range(3334):
+            argv = []
+            for _ in range(rng.integers(1, 6)):
+                argv.append(str(rng.choice(names)))
+                argv += [str(value) for value in rng.choice(values, rng.integers(0, 3))]
+            try:
+                accepted.append((script, argv, script.parse_args(argv)))
+            except SystemExit as refused:
+                error = capsys.readouterr().err
+                assert refused.code == 2 and error.count("error: ") == 1, argv
+                assert error.split("error: ")[1].strip() and error.count("\n") == 2, argv
+    assert len(accepted) > 200
+
+    ran = 0
+    for script, argv, args in accepted:
+        if args.tensorboard or args.compile or args.device == "cuda" or args.precision == "bf16":
+            continue  # not everywhere
+        small = {"depth": 10, "width": 2, "epochs": 2, "steps_per_epoch": 3, "batch_size": 10}
+        if args.data == "folder" or args.out or any(
+            getattr(args, name) > most for name, most in small.items() if f"--{name}" in argv
+        ):  # fmt: skip
+            continue
+        sizes = (
+            "--data synthetic --depth 10 --width 1 --epochs 1 --steps-per-epoch 1 --batch-size 2"
+        )
+        command = [*argv, *sizes.split(), "--num-labeled", "20", "--out", str(tmp_path / f"{ran}")]
+        try:
+            assert script.main(command)["final_accuracy"] >= 0
+        except SystemExit as refused:
+            assert refused.code in (1, 2), argv
+            assert capsys.readouterr().err.count("error: ") == 1, argv
+        ran += 1
+        if ran == 5:
+            break
+    assert ran == 5
+
+
 # ------------------------------------------------------------------------------------- run_all.sh
 
 
@@ -1449,8 +1801,9 @@ def write_result(root, method, select, seed, before, after, pretrained=None, eps
     """A result.json as a script leaves it, in a run folder of its own; `other` goes to its args."""
     args = vars(vars(sys.modules[f"{method}_scar"])["parse_args"]([]))
     args = {**args, "seed": seed, "select": select, "eps": eps, "pretrained": pretrained, **other}
-    folder = root / f"run{len(list(root.glob('run*')))}"
+    folder = root / f"run{len(list(root.glob('run*'))):02}"
     folder.mkdir(parents=True)
+    table2_eps = sorted({1.0, 6.0} | sys.modules[f"{method}_scar"].PAPER_TABLE2.keys())
     result = {
         "method": method,
         "data": "CIFAR-10 (JPEG)",
@@ -1461,9 +1814,14 @@ def write_result(root, method, select, seed, before, after, pretrained=None, eps
         "pretrain_accuracy": before,
         "final_accuracy": after,
         "table2": [
-            {"eps": 1.0, "kept": 8000, "kept_correct": 7000 + 100 * seed,
-             "rejected": 2000, "rejected_wrong": 500},
-            {"eps": 6.0, "kept": 0, "kept_correct": 0, "rejected": 10000, "rejected_wrong": 1500},
+            {
+                "eps": given,
+                "kept": 8000 if given < 6 else 0,
+                "kept_correct": 7000 + 100 * seed if given < 6 else 0,
+                "rejected": 2000 if given < 6 else 10000,
+                "rejected_wrong": 500 if given < 6 else 1500,
+            }
+            for given in table2_eps
         ],
         "device": "a device",
         "ranks": 1,
@@ -1483,17 +1841,24 @@ def cells(text, start):
 
 def test_tables_of_known_results(tmp_path):
     """Means, paired differences and counts by hand; what must not share a mean does not."""
+
+    def fixmatch(select, seed, before, after, theta=None, **other):
+        theta = theta and f"{tmp_path}/{theta}/pretrain.pt"
+        return write_result(tmp_path, "fixmatch", select, seed, before, after, theta, **other)
+
     for seed, before, after, control in ((0, 80, 83, 82), (1, 82, 84, 84), (2, 84, 88, 83)):
-        write_result(tmp_path, "fixmatch", "fgsm", seed, before, after)
-        write_result(tmp_path, "fixmatch", "none", seed, before, control, "a/pretrain.pt")
-        write_result(
-            tmp_path, "fixmatch", "fgsm", seed, before, after + 1, "a/pretrain.pt", eps=2.0
-        )
-    write_result(tmp_path, "fixmatch", "none", 3, 70, 71, "elsewhere/pretrain.pt")
-    write_result(tmp_path, "fixmatch", "fgsm", 0, 10, 11, lambda_u=2.0)
-    write_result(tmp_path, "fixmatch", "fgsm", 0, 20, 21, epochs=3)
-    write_result(tmp_path, "fixmatch", "fgsm", 0, 30, 31, val=100)
-    write_result(tmp_path, "fixmatch", "fgsm", 0, 40, 41)  # a second run of seed 0
+        theta = fixmatch("fgsm", seed, before, after).parent.name
+        # scored elsewhere a theta~ may differ by an image: the name of its run is what counts
+        fixmatch("none", seed, before + 0.01, control, theta)
+        fixmatch("fgsm", seed, before, after + 1, theta, eps=2.0)
+    fixmatch("none", 3, 70, 71, "elsewhere")
+    lonely = fixmatch("fgsm", 0, 10, 11, lambda_u=2.0).parent.name
+    fixmatch("none", 0, 10, 12, lonely, lambda_u=2.0, lr=0.5)
+    fixmatch("fgsm", 0, 20, 21, epochs=3)
+    fixmatch("fgsm", 0, 30, 31, val=100)
+    fixmatch("fgsm", 0, 40, 41)  # a second run of seed 0
+    for number, other in enumerate(({"precision": "bf16"}, {"weight_decay": 0.1}, {"mu": 3})):
+        fixmatch("fgsm", 0, 50 + number, 50, **other)
     write_result(tmp_path, "vat", "fgsm", 5, 85.5, 86.25, eps=6.0)
     code, whole, error = run_all(METHODS="", OUT=str(tmp_path))
     assert code == 0 and error == ""
@@ -1501,18 +1866,23 @@ def test_tables_of_known_results(tmp_path):
 
     short, text = sorted(whole.split("\n## "), key=lambda part: "200 + 200" in part)
     assert cells(short, "FixMatch")[1] == "20.00 (n = 1)"
-    name = "FixMatch, lambda_u 1.0"
+    usual = "lambda_u 1.0, lr 0.03, mu 7, precision auto, {}weight_decay 0.0005"
+    name = f"FixMatch, {usual.format('')}"
     assert cells(text, name) == ["94.13", "82.00 ± 2.00 (n = 3)", "", ""]
     assert cells(text, f"{name} + SCAR (eps 1)") == [
         "95.17", "85.00 ± 2.65 (n = 3)", "+3.00 ± 1.00 (n = 3)", "+2.00 ± 2.65 (n = 3)"
     ]  # fmt: skip
     assert cells(text, f"{name} + SCAR (eps 2)")[1] == "86.00 ± 2.65 (n = 3)"
     assert cells(text, f"{name} + nothing (control)") == [
-        "", "80.00 ± 6.06 (n = 4)", "+1.00 ± 1.41 (n = 4)", ""
+        "", "83.00 ± 1.00 (n = 3)", "+0.99 ± 1.73 (n = 3)", ""
     ]  # fmt: skip
-    assert cells(text, "FixMatch, lambda_u 2.0 + SCAR (eps 1)") == [
+    other = name.replace("lambda_u 1.0", "lambda_u 2.0")
+    assert cells(text, f"{other} + SCAR (eps 1)") == [
         "95.17", "11.00 (n = 1)", "+1.00 (n = 1)", "-"
     ]  # fmt: skip
+    other = other.replace("lr 0.03", "lr 0.5").replace("weight", "theta~ lr 0.03, weight")
+    assert cells(text, f"{other} + nothing (control)")[1] == "12.00 (n = 1)"
+    assert all(f"{before}.00 (n = 1)" in text for before in (50, 51, 52))
     assert cells(text, "VAT + SCAR (eps 6)") == ["86.79", "86.25 (n = 1)", "+0.75 (n = 1)", "-"]
     assert cells(text, "VAT (eps 1)") == [
         "92.22 (7587/8227)", "47.10 (835/1773)", "93.75 (7500/8000)", "25.00 (500/2000)"
@@ -1522,32 +1892,54 @@ def test_tables_of_known_results(tmp_path):
         "99.59 (6385/6411)", "15.63 (561/3589)", "88.75 ± 1.25 (n = 3), on average 7100.0/8000.0",
         "25.00 ± 0.00 (n = 3), on average 500.0/2000.0",
     ]  # fmt: skip
-    assert "scored on validation images" in whole and "the same run as run0" in whole
+    assert "- VAT: " in text and "vat_eps 3.0, " in text and "; seeds 5\n" in text
+    assert "(its pretraining, elsewhere, is not in " in whole
+    assert "scored on validation images" in whole and "the same run as run00" in whole
     assert "30.00" not in whole and "40.00" not in whole
 
 
-def test_tables_name_what_they_cannot_read(tmp_path):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:300],
+        lambda text: "[1, 2]",
+        lambda text: text.replace('"final_accuracy": 93.0', '"final_accuracy": NaN'),
+        lambda text: text.replace('"final_accuracy": 93.0', '"final_accuracy": 8300'),
+        lambda text: text.replace('"final_accuracy": 93.0', '"final_accuracy": null'),
+        lambda text: text.replace('"kept": 8000', '"kept": null'),
+        lambda text: text.replace('"kept": 8000', '"kept": 10'),
+        lambda text: text.replace('"select": "fgsm"', '"select": "fgms"'),
+        lambda text: text.replace('"scored_on"', '"scored"'),
+        lambda text: text.replace('"seed": 1, "pre', '"pre'),
+        lambda text: text.replace('"method": "mix', '"method": "re'),
+    ],
+)
+def test_tables_name_what_they_cannot_read(damage, tmp_path):
     write_result(tmp_path, "mixmatch", "fgsm", 0, 90.0, 93.0)
-    cut = write_result(tmp_path, "mixmatch", "fgsm", 1, 90.0, 93.0)
-    cut.write_text(cut.read_text()[:300])
-    other = write_result(tmp_path, "mixmatch", "fgsm", 2, 90.0, 93.0)
-    other.write_text("[1, 2]")
+    odd = write_result(tmp_path, "mixmatch", "fgsm", 1, 90.0, 93.0)
+    whole = odd.read_text()
+    odd.write_text(damage(whole))
+    assert odd.read_text() != whole
     code, text, error = run_all(METHODS="", OUT=str(tmp_path))
-    assert code == 1 and error.count("error: ") == 2 and "Traceback" not in error
-    assert str(cut) in error and str(other) in error
+    assert code == 1 and error.startswith(f"error: {odd} is damaged") and error.count("\n") == 1
     assert cells(text, "MixMatch + SCAR (eps 1)")[1] == "93.00 (n = 1)"
+
+
+def test_tables_of_nothing_leave_the_old_ones(tmp_path):
+    (tmp_path / "tables.md").write_text("precious")
+    code, out, error = run_all(METHODS="", OUT=str(tmp_path))
+    assert (code, out) == (1, "") and error.startswith("error: there is no finished run")
+    assert (tmp_path / "tables.md").read_text() == "precious"
 
 
 def test_tables_have_the_papers_numbers_of_the_scripts(tmp_path):
     for script in SCRIPTS:
-        eps = max(script.PAPER_TABLE2)
-        write_result(tmp_path, script.METHOD, "fgsm", 0, 1.0, 2.0, eps=eps)
+        write_result(tmp_path, script.METHOD, "fgsm", 0, 1.0, 2.0)
     _, text, _ = run_all(METHODS="", OUT=str(tmp_path))
     for script in SCRIPTS:
-        eps = max(script.PAPER_TABLE2)
-        first, last = cells(text, script.TITLE), cells(text, f"{script.TITLE} + SCAR (eps {eps:g})")
+        first, last = cells(text, script.TITLE), cells(text, f"{script.TITLE} + SCAR (eps 1)")
         assert (first[0], last[0]) == script.PAPER_TABLE1
-        for eps in {1.0, 6.0} & script.PAPER_TABLE2.keys():
+        for eps in (1.0, 2.0, 3.0, 4.0, 6.0)[: None if script is vat_scar else 1]:
             assert cells(text, f"{script.TITLE} (eps {eps:g})")[:2] == [*script.PAPER_TABLE2[eps]]
 
 
@@ -1555,6 +1947,9 @@ def test_tables_have_the_papers_numbers_of_the_scripts(tmp_path):
     "variables, options, sentence",
     [
         ({"METHODS": "vat fixmach"}, [], "no method 'fixmach'"),
+        ({"DATA": "cifar100"}, [], "DATA=cifar100"),
+        ({"SEEDS": "0 one"}, [], "not 'one'"),
+        ({"EPOCHS": "many"}, [], "not 'many'"),
         ({"OUT": "file/runs"}, [], "OUT=file/runs cannot be written"),
         ({"OUT": "nowhere", "METHODS": ""}, [], "OUT=nowhere: there is no such folder"),
         ({"PYTHON": "no-python"}, [], "PYTHON=no-python"),
@@ -1573,8 +1968,13 @@ def test_run_all_refuses(variables, options, sentence, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_run_all_refuses_an_unknown_gpu(tmp_path):
-    code, _, error = run_all(GPUS="0 7", DATA="synthetic", OUT=str(tmp_path / "runs"))
+    code, _, error = run_all(GPUS="0,7", DATA="synthetic", OUT=str(tmp_path / "runs"))
     assert code == 2 and error.startswith("error: GPUS=0 7: PyTorch can use 0 of them")
+
+
+def test_run_all_has_help():
+    code, text, error = run_all("--eps", "2", "--help", METHODS="vat")
+    assert code == 0 and "GPUS=" in text and "Exit code" in text and "#" not in text
 
 
 FAKE_PYTHON = """#!/usr/bin/env bash
@@ -1622,7 +2022,8 @@ def test_run_all_has_one_run_on_each_gpu(tmp_path):
     code, out, error = run_all(
         PYTHON=str(path), DATA="synthetic", OUT=str(tmp_path / "runs"), GPUS="0 1"
     )
-    assert (code, error) == (0, "") and out.count("output in") == 9
+    assert code == 1 and error.startswith("error: there is no finished run")  # stand-ins leave none
+    assert out.count("output in") == 9
     busy, most, used = set(), 0, []
     for line in log.read_text().splitlines():
         event, _, gpu, *_ = line.split()
@@ -1633,7 +2034,8 @@ def test_run_all_has_one_run_on_each_gpu(tmp_path):
     assert most == 2 and set(used) == {"0", "1"} and len(used) == 2 * 2 * 9
 
 
-def test_run_all_stops_its_runs_when_told_to(tmp_path):
+@pytest.mark.parametrize("given, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_run_all_stops_its_runs_when_told_to(given, code, tmp_path):
     path, log = fake_python(tmp_path, fails="nothing")
     path.write_text(path.read_text().replace("sleep 0.4", "exec sleep 60"))
     environment = {**os.environ, "PYTHON": str(path), "DATA": "synthetic"}
@@ -1642,9 +2044,9 @@ def test_run_all_stops_its_runs_when_told_to(tmp_path):
     running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     while not log.exists():
         time.sleep(0.05)
-    running.terminate()
+    running.send_signal(given)
     _, error = running.communicate(timeout=20)
-    assert running.returncode == 143 and "the same command goes on" in error
+    assert running.returncode == code and "the same command goes on" in error
     assert "end" not in log.read_text()
 
 
