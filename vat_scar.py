@@ -341,7 +341,7 @@ def training_step(run, x_l, y_l, x_u, step, phase, args):
     lr, lambda_u = schedule(step, args.epochs * args.steps_per_epoch, phase, args)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    lambda_u = torch.full((), lambda_u, device=x_l.device)  # torch.compile would fix a float
+    lambda_u = torch.full((), lambda_u, device=x_l.device)  # a float would be compiled in
     loss, metrics = run.batch_loss(run.model, x_l, y_l, x_u, lambda_u, args)
     run.optimizer.zero_grad()
     loss.backward()
@@ -358,6 +358,7 @@ def training_step(run, x_l, y_l, x_u, step, phase, args):
 PHASES = ("pretrain", "finetune")
 STATEFUL = ("model", "average", "optimizer")
 CHECKPOINT = (*STATEFUL, "given", "fingerprint", "phase", "epoch", "rows", "found", "labels")
+RESULT = "data scored_on seed select pretrain_accuracy final_accuracy table2 args".split()
 MAY_CHANGE = {"device", "out", "data_dir", "compile", "tensorboard"}  # when a run is resumed
 
 
@@ -564,17 +565,18 @@ def find_run(out, given):
     for path in (out, *out.parents):
         if path.exists() and not path.is_dir():
             raise ValueError(f"--out {out}: {path} is a file; choose another folder")
-    if not out.exists() or not any(out.iterdir()):
+    begun_at_most = {"lock", "args.json.partial"}  # by a run that was killed as it began
+    if not out.exists() or {path.name for path in out.iterdir()} <= begun_at_most:
         return None, None
     if not (out / "args.json").exists():
         raise ValueError(f"{out} is not empty and holds no run; choose another --out")
     result = checkpoint = None
     begun = load(out / "args.json", "method")
     if (out / "result.json").exists():
-        result = load(out / "result.json", "args", "final_accuracy", "table2")
+        result = load(out / "result.json", *RESULT)
     elif (out / "checkpoint.pt").exists():
         checkpoint = load(out / "checkpoint.pt", *CHECKPOINT)
-    for held in (begun, checkpoint["given"] if checkpoint else begun):
+    for held in [begun, checkpoint["given"]] if checkpoint else [begun]:
         changed = settings_changed(held, given, (held.keys() | given.keys()) - MAY_CHANGE)
         if changed:
             raise ValueError(
@@ -792,10 +794,14 @@ def train(run, args, command):
 
         board = SummaryWriter(run.out)
 
-    start = "finetune" if args.pretrained else "pretrain"
-    state = {"phase": start, "epoch": 0, "rows": [], "found": None}
-    state |= {"given": run.given, "fingerprint": run.fingerprint}
-    state = run.checkpoint or state
+    state = run.checkpoint or {
+        "phase": "finetune" if args.pretrained else "pretrain",
+        "epoch": 0,
+        "rows": [],
+        "found": None,
+        "given": run.given,
+        "fingerprint": run.fingerprint,
+    }
 
     first = True
     for phase in PHASES[PHASES.index(state["phase"]) :]:
@@ -811,9 +817,8 @@ def train(run, args, command):
             first = False
             state |= {"epoch": epoch, "rows": [*state["rows"], row], "labels": run.labels}
             state |= {name: getattr(run, name).state_dict() for name in STATEFUL}
-            save(
-                as_csv(state["rows"]), run.out / "metrics.csv"
-            )  # first: it may be ahead, not behind
+            # in this order: metrics.csv of a run killed in between is ahead, never behind
+            save(as_csv(state["rows"]), run.out / "metrics.csv")
             save(state, run.out / "checkpoint.pt")
             for name in row.keys() - {"phase", "epoch"} if board else ():
                 board.add_scalar(f"{phase}/{name}", row[name], epoch)
