@@ -1951,6 +1951,17 @@ def test_tables_have_the_papers_numbers_of_the_scripts(tmp_path):
             assert cells(text, f"{script.TITLE} (eps {eps:g})")[:2] == [*script.PAPER_TABLE2[eps]]
 
 
+@pytest.mark.parametrize("folder", [path.name for path in (HERE / "results").iterdir()])
+def test_readme_has_the_tables_of_the_results(folder, tmp_path):
+    """Every line of the tables that results/<folder> gives stands in the README."""
+    shutil.copytree(HERE / "results" / folder, tmp_path / folder)
+    code, text, _ = run_all(METHODS="", OUT=str(tmp_path / folder))
+    lines = [line for line in text.splitlines() if line.startswith(("|", "- "))]
+    assert code == 0 and len(lines) > 9
+    readme = (HERE / "README.md").read_text().splitlines()
+    assert [line for line in lines if line not in readme] == []
+
+
 @pytest.mark.parametrize(
     "variables, options, sentence",
     [
