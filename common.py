@@ -139,6 +139,8 @@ def _load_folders(root):
         train, test = ImageFolder(root / "train"), ImageFolder(root / "test")
     except OSError as error:  # no class in it, or a class without images
         raise ValueError(f"{root}: {error}") from None
+    if len(train.classes) < 2:
+        raise ValueError(f"{root} has one class, {train.classes[0]}; there must be two or more")
     if train.classes != test.classes:
         names = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
         raise ValueError(f"{root}: train and test must have the same classes; only one has {names}")

@@ -30,7 +30,6 @@ import math
 import os
 import platform
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -102,15 +101,15 @@ def parse_args(argv=None):
         (args.num_labeled >= 1, "--num-labeled must be at least 1"),
         (args.val >= 0, "--val must not be negative"),
         (0 <= args.seed < 2**63, "--seed must be at least 0 and below 2^63"),
-        (args.depth >= 10 and args.depth % 6 == 4, "--depth must be 6n + 4: 10, 16, 22, 28, ..."),
-        (args.width >= 1, "--width must be at least 1"),
-        (args.epochs >= 1, "--epochs must be at least 1"),
-        (args.steps_per_epoch >= 1, "--steps-per-epoch must be at least 1"),
-        (args.batch_size >= 1, "--batch-size must be at least 1"),
+        (args.depth in range(10, 1000, 6), "--depth must be 6n + 4: 10, 16, 22, 28, ..."),
+        (1 <= args.width <= 10**6, "--width must be between 1 and a million"),
+        (1 <= args.epochs <= 10**6, "--epochs must be between 1 and a million"),
+        (1 <= args.steps_per_epoch <= 10**6, "--steps-per-epoch must be between 1 and a million"),
+        (1 <= args.batch_size <= 10**6, "--batch-size must be between 1 and a million"),
         (0 < args.lr < math.inf, "--lr must be above 0"),
         (0 <= args.weight_decay < math.inf, "--weight-decay must be at least 0"),
         (0 <= args.ema_decay < 1, "--ema-decay must be at least 0 and below 1"),
-        (0 <= args.lambda_u < math.inf, "--lambda-u must be at least 0"),
+        (0 <= args.lambda_u <= 1e30, "--lambda-u must be between 0 and 1e30"),
         (0 < args.temperature < math.inf, "--temperature must be above 0"),
         (0 <= args.alpha < math.inf, "--alpha must be at least 0"),
         (0 <= args.eps <= 255, "--eps is in units of 1/255 and must be between 0 and 255"),
@@ -328,9 +327,10 @@ def training_step(run, x_l, y_l, x_u, step, phase, args):
 
 PHASES = ("pretrain", "finetune")
 STATEFUL = ("model", "average", "optimizer")
-CHECKPOINT = (*STATEFUL, "given", "fingerprint", "phase", "epoch", "rows", "found", "labels")
+CHECKPOINT = (*STATEFUL, "given", "phase", "epoch", "rows", "found", "labels")
 RESULT = "data scored_on seed select pretrain_accuracy final_accuracy table2 args".split()
-MAY_CHANGE = {"device", "out", "data_dir", "compile", "tensorboard"}  # when a run is resumed
+# What may change when a run goes on. Its images may not: they are compared once they are loaded.
+MAY_CHANGE = {"device", "out", "data_dir", "compile", "tensorboard", "images_crc32"}
 
 
 @contextmanager
@@ -415,7 +415,8 @@ def train_epoch(run, phase, epoch, args, estimate):
             print(f"\r{phase} {epoch}: step {i + 1} of {steps}\033[K", end="", flush=True)
 
     means = {name: float(total) / steps for name, total in totals.items()}
-    if not math.isfinite(means["loss"]):
+    weights_finite = all(t.isfinite().all() for t in run.average.state_dict().values())
+    if not math.isfinite(means["loss"]) or not weights_finite:
         raise FloatingPointError(f"the loss is not finite in {phase} epoch {epoch}; lower --lr")
     row = {"phase": phase, "epoch": epoch, "lr": run.optimizer.param_groups[0]["lr"], **means}
     row |= {"accuracy": evaluate(run.average, *run.scored), "ms_per_step": median_step_ms(marks)}
@@ -486,13 +487,17 @@ def save_selection(path, x, keep, pseudo, y):
 
 def save(content, path):
     """Writes text, or anything else by torch.save, beside the file, then moves it into place."""
-    partial = path.with_name(path.name + ".partial")
     if isinstance(content, str):
-        partial.write_text(content)
+        data = content.encode()
     else:
         buffer = io.BytesIO()  # written by Python, a full disk is an OSError
         torch.save(content, buffer)
-        partial.write_bytes(buffer.getbuffer())
+        data = buffer.getbuffer()
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # or the move could reach the disk before the content
     os.replace(partial, path)
 
 
@@ -539,22 +544,27 @@ def find_run(out, given):
     begun_at_most = {"lock", "args.json.partial"}  # by a run that was killed as it began
     if not out.exists() or {path.name for path in out.iterdir()} <= begun_at_most:
         return None, None
-    if not (out / "args.json").exists():
+    if not any((out / name).exists() for name in ("args.json", "checkpoint.pt")):
         raise ValueError(f"{out} is not empty and holds no run; choose another --out")
     result = checkpoint = None
-    begun = load(out / "args.json", "method")
     if (out / "result.json").exists():
         result = load(out / "result.json", *RESULT)
     elif (out / "checkpoint.pt").exists():
         checkpoint = load(out / "checkpoint.pt", *CHECKPOINT)
-    for held in [begun, checkpoint["given"]] if checkpoint else [begun]:
-        changed = settings_changed(held, given, (held.keys() | given.keys()) - MAY_CHANGE)
-        if changed:
-            raise ValueError(
-                f"{out} holds a run with other settings ({changed}); choose another --out, or "
-                "delete the folder to start over"
-            )
+    begun = checkpoint["given"] if checkpoint else load(out / "args.json", "method")
+    changed = settings_changed(begun, given, (begun.keys() | given.keys()) - MAY_CHANGE)
+    if changed:
+        raise ValueError(
+            f"{out} holds a run with other settings ({changed}); choose another --out, or delete "
+            "the folder to start over"
+        )
     return result, checkpoint
+
+
+def last_written(out):
+    """When each file that decides how a run goes on was written; None for one that is not there."""
+    paths = [out / name for name in ("args.json", "checkpoint.pt", "result.json")]
+    return [path.stat().st_mtime_ns if path.exists() else None for path in paths]
 
 
 def settings_changed(begun, given, names):
@@ -574,9 +584,13 @@ def load_pretrained(path, given):
     weights, beside = load(path), Path(path).with_name("args.json")
     if beside.exists():
         begun = load(beside, "method")
-        changed = settings_changed(begun, given, ("method", "data", "num_labeled", "seed"))
+        names = ("method", "data", "images_crc32", "num_labeled", "seed")
+        changed = settings_changed(begun, given, names)
         if changed:
-            raise ValueError(f"--pretrained {path} is of a run with other labels ({changed})")
+            raise ValueError(
+                f"--pretrained {path} is of a run with another method or other labels ({changed}); "
+                "give one that fits"
+            )
     return weights
 
 
@@ -603,6 +617,7 @@ def prepare(args):
     data = Path(args.data_dir).resolve().name if args.data == "folder" else args.data
     if args.out is None:
         args.out = f"runs/{METHOD}__{data}__{args.select}-eps{args.eps:g}__seed{args.seed}"
+    written = last_written(Path(args.out))
     result, checkpoint = find_run(Path(args.out), given)
     if result is not None:
         return SimpleNamespace(out=Path(args.out), result=result)
@@ -623,17 +638,20 @@ def prepare(args):
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; matrix products have it off already
     device = torch.device(args.device)
-    pretrained = None
-    if args.pretrained and not checkpoint:
-        pretrained = load_pretrained(args.pretrained, given)
 
     say(f"loading {data}")
     x, y, x_scored, y_scored = load_images(args.data, args.data_dir)
-    fingerprint = zlib.crc32(y.numpy(), zlib.crc32(x.numpy()))
-    if checkpoint and checkpoint["fingerprint"] != fingerprint:
+    given["images_crc32"] = 0
+    for part in (x, y, x_scored, y_scored):
+        given["images_crc32"] = zlib.crc32(part.numpy(), given["images_crc32"])
+    if checkpoint and checkpoint["given"].get("images_crc32") != given["images_crc32"]:
         raise ValueError(
-            f"--data-dir {args.data_dir} has other images than those {args.out} began with"
+            f"--data-dir {args.data_dir} has other images than those {args.out} began with; give "
+            "those, or choose another --out"
         )
+    pretrained = None
+    if args.pretrained and not checkpoint:
+        pretrained = load_pretrained(args.pretrained, given)
     labeled, unlabeled = split_labeled(y, args.num_labeled, args.seed)
     if args.val:
         try:
@@ -663,7 +681,6 @@ def prepare(args):
         result=None,
         given=given,
         checkpoint=checkpoint,
-        fingerprint=fingerprint,  # of the training images and their labels
         data={"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG)"}.get(data, data),
         images=x.to(device),  # uint8 [N, 3, 32, 32]
         true_labels=y.to(device),  # int64 [N], for the report alone
@@ -686,6 +703,8 @@ def prepare(args):
             ) from None
     run.out.mkdir(parents=True, exist_ok=True)
     run.lock = lock(run.out)
+    if last_written(run.out) != written:
+        raise ValueError(f"another process has just written to {run.out}; give the command again")
     return run
 
 
@@ -758,12 +777,12 @@ def train(run, args, command):
     """Both phases, from wherever the run stands. Returns what result.json holds."""
     announce(run, args)
     save(json.dumps(run.given, indent=1), run.out / "args.json")
-    shutil.copy(__file__, run.out)
+    save(Path(__file__).read_text(), run.out / Path(__file__).name)
     board = None
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        board = SummaryWriter(run.out)
+        board = SummaryWriter(run.out, flush_secs=10)
 
     state = run.checkpoint or {
         "phase": "finetune" if args.pretrained else "pretrain",
@@ -771,7 +790,6 @@ def train(run, args, command):
         "rows": [],
         "found": None,
         "given": run.given,
-        "fingerprint": run.fingerprint,
     }
 
     first = True
@@ -850,7 +868,10 @@ def main(argv=None):
     except KeyboardInterrupt as signal_received:
         code = 143 if signal_received.args else 130
         leave(code, "stopped; the same command goes on after the last finished epoch")
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        message = str(error).lower()
+        if isinstance(error, RuntimeError) and not ("memory" in message or "alloc" in message):
+            raise
         leave(1, "error: out of memory on the device; lower --batch-size or --width")
     except (ValueError, OSError, FloatingPointError) as error:
         if run and isinstance(error, ValueError):

@@ -1323,6 +1323,8 @@ def refusal(capsys, *argv, script=fixmatch_scar, code=2):
         ("--depth 27", "6n + 4"),
         ("--depth 4", "6n + 4"),
         ("--width 0", "--width"),
+        ("--width 1000000000000", "--width"),
+        ("--lambda-u 1e39", "--lambda-u"),
         ("--eps -1", "--eps"),
         ("--eps nan", "--eps"),
         ("--table2-eps 1 -2", "--table2-eps"),
@@ -1398,18 +1400,22 @@ def test_refuses_missing_cifar10(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "fault", ["no test", "other classes", "empty class", "unreadable", "too few"]
+    "fault", ["no test", "one class", "other classes", "empty class", "unreadable", "too few"]
 )
 def test_refuses_folder(fault, tmp_path, capsys):
     root = write_folder(tmp_path / "data")
     sentence = {
         "no test": "no folder test",
+        "one class": "has one class, ant",
         "other classes": "wasp",
         "empty class": "wasp",
         "too few": "class 0",
     }.get(fault)
     if fault == "no test":
         (root / "test").rename(root / "check")
+    elif fault == "one class":
+        shutil.rmtree(root / "train" / "bee")
+        shutil.rmtree(root / "test" / "bee")
     elif fault == "other classes":
         (root / "test" / "bee").rename(root / "test" / "wasp")
     elif fault == "empty class":
@@ -1476,6 +1482,39 @@ def test_full_disk_keeps_the_last_checkpoint(few_images, tmp_path, monkeypatch, 
     assert (out / "checkpoint.pt").read_bytes() == before
 
 
+def test_another_process_while_the_images_are_loaded(few_images, tmp_path, monkeypatch, capsys):
+    """What it wrote is not overwritten with what was read before."""
+    command = [*SMALL.split(), "--table2-eps", "1", "--out", str(tmp_path / "run")]
+    calls = []
+
+    def slow(data, data_dir):
+        calls.append(None)
+        if len(calls) == 1:
+            fixmatch_scar.main(command)
+            capsys.readouterr()
+        return few_images
+
+    monkeypatch.setattr(fixmatch_scar, "load_images", slow)
+    assert "another process has just written" in refusal(capsys, *command)
+    assert fixmatch_scar.main(command)["final_accuracy"] >= 0
+    assert len(read_rows(tmp_path / "run")) == 4
+
+
+def test_stops_when_the_weights_are_not_finite(few_images, tmp_path, monkeypatch, capsys):
+    """Also when the very last step has done it, whose loss was still fine."""
+    original = vat_scar.training_step
+
+    def last_step_overflows(run, x_l, y_l, x_u, step, phase, args):
+        metrics = original(run, x_l, y_l, x_u, step, phase, args)
+        if step == 3:
+            run.average.linear.bias.data.fill_(math.inf)
+        return metrics
+
+    monkeypatch.setattr(vat_scar, "training_step", last_step_overflows)
+    command = [*SMALL.split(), "--out", tmp_path / "run"]
+    assert "pretrain epoch 1" in refusal(capsys, *command, script=vat_scar, code=1)
+
+
 def test_stops_when_the_loss_is_not_finite(few_images, tmp_path, capsys):
     with np.errstate(all="ignore"):
         sentence = refusal(capsys, *SMALL.split(), "--lr", 1e30, "--out", tmp_path / "run", code=1)
@@ -1497,13 +1536,12 @@ x, y, x_test, y_test = load_images("synthetic", None)
 few = x[:300], y[:300], x_test[:100], y_test[:100]
 script.load_images = lambda data, data_dir: few
 kill = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-write, replace = script.Path.write_bytes, os.replace
+replace = os.replace
 
-def write_half(path, content):
-    if path.name != "checkpoint.pt.partial":
-        return write(path, content)
-    write(path, content[: len(content) // 2])
-    kill()
+def write_half(file):
+    if os.readlink(f"/proc/self/fd/{{file}}").endswith("checkpoint.pt.partial"):
+        os.ftruncate(file, os.fstat(file).st_size // 2)
+        kill()
 
 def no_move(partial, path):
     kill() if path.name == "checkpoint.pt" else replace(partial, path)
@@ -1516,7 +1554,7 @@ def child(argv, moment):
     if moment == "selection":
         script.select_clean = kill
     if moment == "writing":
-        script.Path.write_bytes = write_half
+        script.os.fsync = write_half
     if moment == "before the first file":
         script.json.dumps = kill
     if moment == "before the move":
@@ -1628,6 +1666,8 @@ def stopped(stopped_runs, few_images, tmp_path, capsys):
 def test_damaged_files_are_named_and_left_alone(name, fault, stopped, capsys):
     root, command = stopped
     command = [*command, "--out", str(root / "mine")]
+    if name == "args.json":
+        (root / "mine" / "checkpoint.pt").unlink()  # without which it is not needed
     if name == "pretrain.pt":
         (root / "mine" / "args.json").unlink()  # which would tell more
         command[-1:] = [str(root / "other"), "--pretrained", str(root / "mine" / name)]
@@ -1650,7 +1690,7 @@ def test_damaged_files_are_named_and_left_alone(name, fault, stopped, capsys):
     assert not (root.parent / "harm").exists()
 
 
-def test_checkpoints_of_another_run_are_refused(stopped, capsys):
+def test_checkpoints_of_another_run_are_refused(stopped, few_images, monkeypatch, capsys):
     """Another method's or setting's, put into a run folder, or given as --pretrained."""
     root, command = stopped
     mine = root / "mine" / "checkpoint.pt"
@@ -1669,6 +1709,11 @@ def test_checkpoints_of_another_run_are_refused(stopped, capsys):
     new = [*command, "--out", str(root / "new"), "--pretrained"]
     for other, sentence in (("vat", "method was vat"), ("seed", "seed was 1, now 0")):
         assert sentence in refusal(capsys, *new, root / other / "pretrain.pt")
+    x_train, y_train, x_test, y_test = few_images
+    with monkeypatch.context() as patch:
+        others = x_train, y_train, 255 - x_test, y_test
+        patch.setattr(fixmatch_scar, "load_images", lambda data, data_dir: others)
+        assert "images_crc32 was" in refusal(capsys, *new, root / "mine" / "pretrain.pt")
     weights = torch.load(root / "mine" / "pretrain.pt", weights_only=True)
     weights["conv.weight"][0] = math.nan
     torch.save(weights, root / "nan.pt")
@@ -1694,9 +1739,18 @@ def test_selection_of_nothing_or_everything(kept, few_images, tmp_path, monkeypa
     assert "NaN" not in strict and json.loads(strict)["table2"][0]["kept"] == (100 if kept else 0)
 
 
-def test_out_of_memory_is_a_sentence(few_images, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_is_a_sentence(error, few_images, tmp_path, monkeypatch, capsys):
     def no_memory(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        raise error
 
     monkeypatch.setattr(vat_scar, "training_step", no_memory)
     command = [*SMALL.split(), "--out", tmp_path / "run"]
