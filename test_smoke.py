@@ -1581,7 +1581,7 @@ while status == signal.SIGKILL:
     pid = child("killed", True)
     if random_kills:
         random_kills -= 1
-        time.sleep(random.uniform(0, length / 8))
+        time.sleep(random.uniform(0, length / 4))
         os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
     if status == signal.SIGKILL:
