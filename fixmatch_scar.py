@@ -287,8 +287,8 @@ def fixmatch_loss(model, x_l, y_l, x_weak, x_strong, threshold, lambda_u):
     lambda_u) and mask_rate (the share of pseudo-labels that count).
     Source: FixMatch, equations 3 and 4; the mean is over the whole unlabeled batch.
     """
-    # The weak views have a forward of their own, without gradient. It comes second because autocast
-    # reuses the bf16 weights it made: those of a no_grad forward would stop the gradient.
+    # The weak views have a forward of their own, without gradient. It comes second: in PyTorch before
+    # its pull request 165068, autocast reuses bf16 weights made under no_grad, without gradient.
     logits = model(torch.cat([x_l, x_strong])).float()
     logits_l, logits_strong = logits.split([len(x_l), len(x_strong)])
     with torch.no_grad():
@@ -487,7 +487,7 @@ def train_epoch(run, phase, epoch, args, estimate):
     """One epoch; returns its row of metrics.csv. All it draws follows from (seed, phase, epoch).
 
     estimate: say after ten steps how long the run will take. Raises FloatingPointError when the
-    loss is not finite.
+    loss or the averaged weights are not finite.
     """
     device, steps, started = run.images.device, args.steps_per_epoch, time.perf_counter()
     seeds = (
@@ -518,7 +518,9 @@ def train_epoch(run, phase, epoch, args, estimate):
     means = {name: float(total) / steps for name, total in totals.items()}
     weights_finite = all(t.isfinite().all() for t in run.average.state_dict().values())
     if not math.isfinite(means["loss"]) or not weights_finite:
-        raise FloatingPointError(f"the loss is not finite in {phase} epoch {epoch}; lower --lr")
+        raise FloatingPointError(
+            f"loss or weights are not finite in {phase} epoch {epoch}; lower --lr"
+        )
     row = {"phase": phase, "epoch": epoch, "lr": run.optimizer.param_groups[0]["lr"], **means}
     row |= {"accuracy": evaluate(run.average, *run.scored), "ms_per_step": median_step_ms(marks)}
     return {**row, "seconds": time.perf_counter() - started}
@@ -708,7 +710,7 @@ def lock(out):
 
 
 def prepare(args):
-    """Everything before training: the run as a SimpleNamespace. Makes the run folder, empty.
+    """Everything before training: the run as a SimpleNamespace. Makes the run folder and locks it.
 
     Settles args.out, .device, .precision and .compile. Raises ValueError or OSError, one sentence.
     """

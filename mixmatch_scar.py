@@ -179,8 +179,8 @@ def mixmatch_loss(
     lambda_u; the mean over images and classes).
     Source: MixMatch, algorithm 1 and equations 2 to 5; google-research/mixmatch, mixmatch.py.
     """
-    # The guess: the mean prediction for both views, sharpened. It is detached, not under no_grad:
-    # autocast could reuse the bf16 weights of a no_grad forward, and they would stop the gradient.
+    # The guess: the mean prediction for both views, sharpened. Detached, not under no_grad: in PyTorch
+    # before its pull request 165068, autocast reuses bf16 weights made there, without gradient.
     prob = sum(forward_untracked(model, x).float().softmax(dim=1) for x in (x_u1, x_u2)) / 2
     guess = (prob.detach().log() / temperature).softmax(dim=1)  # p^(1/T), rescaled to sum 1
 
@@ -388,7 +388,7 @@ def train_epoch(run, phase, epoch, args, estimate):
     """One epoch; returns its row of metrics.csv. All it draws follows from (seed, phase, epoch).
 
     estimate: say after ten steps how long the run will take. Raises FloatingPointError when the
-    loss is not finite.
+    loss or the averaged weights are not finite.
     """
     device, steps, started = run.images.device, args.steps_per_epoch, time.perf_counter()
     seeds = (
@@ -419,7 +419,9 @@ def train_epoch(run, phase, epoch, args, estimate):
     means = {name: float(total) / steps for name, total in totals.items()}
     weights_finite = all(t.isfinite().all() for t in run.average.state_dict().values())
     if not math.isfinite(means["loss"]) or not weights_finite:
-        raise FloatingPointError(f"the loss is not finite in {phase} epoch {epoch}; lower --lr")
+        raise FloatingPointError(
+            f"loss or weights are not finite in {phase} epoch {epoch}; lower --lr"
+        )
     row = {"phase": phase, "epoch": epoch, "lr": run.optimizer.param_groups[0]["lr"], **means}
     row |= {"accuracy": evaluate(run.average, *run.scored), "ms_per_step": median_step_ms(marks)}
     return {**row, "seconds": time.perf_counter() - started}
@@ -609,7 +611,7 @@ def lock(out):
 
 
 def prepare(args):
-    """Everything before training: the run as a SimpleNamespace. Makes the run folder, empty.
+    """Everything before training: the run as a SimpleNamespace. Makes the run folder and locks it.
 
     Settles args.out, .device, .precision and .compile. Raises ValueError or OSError, one sentence.
     """

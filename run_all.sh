@@ -276,16 +276,16 @@ for path in sorted(out.glob("*/result.json")):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         unreadable.append(f"{path} is damaged or another kind of file ({type(error).__name__})")
 
-# Each run belongs to a theta~ that was pretrained in OUT; where its own settings differ from those
-# of that pretraining, they differ from those of its other fine-tunings too.
-origins, kept = {run["folder"]: run for run in runs}, []
-for run in runs:
-    origin = origins.get(run["theta"])
+# Each run belongs to a theta~ that was pretrained in OUT, and is left out with it; so the runs that
+# pretrained come first. Settings other than those of its pretraining are told with both values.
+origins, kept = {}, []
+for run in sorted(runs, key=lambda run: run["theta"] != run["folder"]):
+    origin = run if run["theta"] == run["folder"] else origins.get(run["theta"])
     if run["scored_on"] != "test":
         left_out.append(f"{run['folder']} (scored on {run['scored_on']} images)")
         continue
-    if origin is None or origin["theta"] != origin["folder"]:
-        left_out.append(f"{run['folder']} (its pretraining, {run['theta']}, is not in {out})")
+    if origin is None:
+        left_out.append(f"{run['folder']} (its pretraining, {run['theta']}, is not counted in {out})")
         continue
     other = {f"theta~ {name}": value for name, value in origin["settings"].items()
              if run["settings"].get(name) != value}
@@ -297,6 +297,8 @@ for run in runs:
         left_out.append(f"{run['folder']} (the same run as {seen[key]})")
         continue
     seen[key] = run["folder"]
+    if origin is run:
+        origins[run["folder"]] = run
     kept.append(run)
 
 lines = []

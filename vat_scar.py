@@ -206,8 +206,8 @@ def vat_loss(
     entropy_weight: weight of the entropy of p(x). x + r is not clipped to [0, 1].
     Returns (loss, metrics): a scalar, and detached scalars loss_labeled, loss_unlabeled (the KL,
     without lambda_u) and entropy.
-    Source: VAT, equations 5 to 8; google-research/mixmatch, vat.py, which has the KL the other way
-    round, for the batch norm: only labeled images move the running statistics.
+    Source: VAT, equations 5 to 8. Batch norm as in google-research/mixmatch, vat.py, where only the
+    labeled images move the running statistics (and the KL is taken the other way round).
     """
     loss_labeled = F.cross_entropy(model(x_l).float(), y_l)
 
@@ -417,7 +417,7 @@ def train_epoch(run, phase, epoch, args, estimate):
     """One epoch; returns its row of metrics.csv. All it draws follows from (seed, phase, epoch).
 
     estimate: say after ten steps how long the run will take. Raises FloatingPointError when the
-    loss is not finite.
+    loss or the averaged weights are not finite.
     """
     device, steps, started = run.images.device, args.steps_per_epoch, time.perf_counter()
     seeds = (
@@ -448,7 +448,9 @@ def train_epoch(run, phase, epoch, args, estimate):
     means = {name: float(total) / steps for name, total in totals.items()}
     weights_finite = all(t.isfinite().all() for t in run.average.state_dict().values())
     if not math.isfinite(means["loss"]) or not weights_finite:
-        raise FloatingPointError(f"the loss is not finite in {phase} epoch {epoch}; lower --lr")
+        raise FloatingPointError(
+            f"loss or weights are not finite in {phase} epoch {epoch}; lower --lr"
+        )
     row = {"phase": phase, "epoch": epoch, "lr": run.optimizer.param_groups[0]["lr"], **means}
     row |= {"accuracy": evaluate(run.average, *run.scored), "ms_per_step": median_step_ms(marks)}
     return {**row, "seconds": time.perf_counter() - started}
@@ -638,7 +640,7 @@ def lock(out):
 
 
 def prepare(args):
-    """Everything before training: the run as a SimpleNamespace. Makes the run folder, empty.
+    """Everything before training: the run as a SimpleNamespace. Makes the run folder and locks it.
 
     Settles args.out, .device, .precision and .compile. Raises ValueError or OSError, one sentence.
     """
