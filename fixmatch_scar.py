@@ -287,8 +287,8 @@ def fixmatch_loss(model, x_l, y_l, x_weak, x_strong, threshold, lambda_u):
     lambda_u) and mask_rate (the share of pseudo-labels that count).
     Source: FixMatch, equations 3 and 4; the mean is over the whole unlabeled batch.
     """
-    # The weak views have a forward of their own, without gradient. It comes second: in PyTorch before
-    # its pull request 165068, autocast reuses bf16 weights made under no_grad, without gradient.
+    # The weak views have a forward of their own, without gradient. It comes second: before
+    # PyTorch's pull request 165068, autocast reuses the bf16 weights made there, without gradient.
     logits = model(torch.cat([x_l, x_strong])).float()
     logits_l, logits_strong = logits.split([len(x_l), len(x_strong)])
     with torch.no_grad():

@@ -179,8 +179,8 @@ def mixmatch_loss(
     lambda_u; the mean over images and classes).
     Source: MixMatch, algorithm 1 and equations 2 to 5; google-research/mixmatch, mixmatch.py.
     """
-    # The guess: the mean prediction for both views, sharpened. Detached, not under no_grad: in PyTorch
-    # before its pull request 165068, autocast reuses bf16 weights made there, without gradient.
+    # The guess: the mean prediction for both views, sharpened. Detached, not under no_grad: before
+    # PyTorch's pull request 165068, autocast reuses the bf16 weights made there, without gradient.
     prob = sum(forward_untracked(model, x).float().softmax(dim=1) for x in (x_u1, x_u2)) / 2
     guess = (prob.detach().log() / temperature).softmax(dim=1)  # p^(1/T), rescaled to sum 1
 
