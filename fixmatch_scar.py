@@ -9,7 +9,7 @@ trains on from there with FixMatch for as long again (SCAR).
     its control: the same fine-tuning from the same pretraining, nothing added
         python fixmatch_scar.py --eps 1 --epochs 200 --select none \\
             --pretrained runs/fixmatch__cifar10__fgsm-eps1__seed0/pretrain.pt
-    a minute or two on two CPU cores, no download
+    a few minutes on two CPU cores, no download
         python fixmatch_scar.py --data synthetic --num-labeled 250 --depth 10 --width 1 \\
             --batch-size 32 --mu 2 --epochs 4 --steps-per-epoch 60
 

@@ -9,7 +9,7 @@ trains on from there with MixMatch for as long again (SCAR).
     its control: the same fine-tuning from the same pretraining, nothing added
         python mixmatch_scar.py --eps 1 --epochs 200 --select none \\
             --pretrained runs/mixmatch__cifar10__fgsm-eps1__seed0/pretrain.pt
-    a minute or two on two CPU cores, no download
+    a few minutes on two CPU cores, no download
         python mixmatch_scar.py --data synthetic --num-labeled 250 --depth 10 --width 1 \\
             --batch-size 32 --epochs 4 --steps-per-epoch 60
 
