@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import common
 import fixmatch_scar
@@ -738,6 +742,15 @@ def test_fixmatch_mask_includes_the_threshold():
 # -------------------------------------------------------------- from the loss to the training step
 
 
+def step_inputs(script, index_l, index_u, step, total_steps, args):
+    """What training_step gets at a step of pretraining, as train_epoch makes it."""
+    numbers = (
+        *script.schedule(step, total_steps, "pretrain", args),
+        script.average_decay(step, args),
+    )
+    return torch.tensor(index_l), torch.tensor(index_u), *torch.tensor(numbers).unbind()
+
+
 @pytest.mark.parametrize("script", [mixmatch_scar, vat_scar])
 def test_batch_loss_hands_each_view_to_its_place_in(script, monkeypatch):
     seen = []
@@ -786,10 +799,12 @@ def test_adam_and_weight_decay_by_hand(script):
         optimizer=script.make_optimizer(model, args),
         # gradient 2 everywhere
         batch_loss=lambda model, *_: (2 * sum(p.sum() for p in model.parameters()), {}),
+        images=torch.zeros(1),
+        labels=torch.zeros(1),
     )
     weight, bias, averaged = 1.0, 1.0, [1.0, 1.0]
     for step in range(2):
-        script.training_step(run, torch.zeros(1), None, None, step, "pretrain", args)
+        script.training_step(run, args, *step_inputs(script, [0], [0], step, 4, args))
         update = 0.1 * 2 / (2 + 1e-8)  # a constant gradient: Adam's moments are 2 and 4
         weight, bias = (weight - update) * (1 - 0.02 * 0.1), bias - update
         decay = (1 + step) / (10 + step)
@@ -861,12 +876,13 @@ def test_training_step_by_hand():
         optimizer=fixmatch_scar.make_optimizer(model, args),
         # gradient 2 everywhere
         batch_loss=lambda model, *_: (2 * sum(p.sum() for p in model.parameters()), {"rate": 3}),
+        images=torch.zeros(1),
+        labels=torch.zeros(1),
     )
     weight, bias, momenta, averaged = 1.0, 1.0, [0.0, 0.0], [1.0, 1.0]
     for step in range(2):
-        metrics = fixmatch_scar.training_step(
-            run, torch.zeros(1), None, None, step, "pretrain", args
-        )
+        inputs = step_inputs(fixmatch_scar, [0], [0], step, 4, args)
+        metrics = fixmatch_scar.training_step(run, args, *inputs)
         assert metrics["loss"].item() == pytest.approx(2 * (6 * weight + 2 * bias))
         assert metrics["rate"] == 3 and not metrics["loss"].requires_grad
         lr = 0.1 * math.cos(7 * math.pi * step / (16 * 4))
@@ -879,6 +895,268 @@ def test_training_step_by_hand():
     for module, expected in ((model, (weight, bias)), (average, averaged)):
         torch.testing.assert_close(module.weight, torch.full((2, 3), expected[0]))
         torch.testing.assert_close(module.bias, torch.full((2,), expected[1]))
+
+
+# -------------------------------------------------------------------------------------------- speed
+
+
+def small_run(script, images, *options):
+    """(run, args) as train_epoch gets them, on 200 images, the first 40 of them labeled."""
+    args = script.parse_args(["--depth", "10", "--width", "1", "--batch-size", "4", *options])
+    torch.manual_seed(0)
+    model = WideResNet(10, 10, 1)
+    labels = images[1][:200].clone()
+    labels[40:] = -1
+    return SimpleNamespace(
+        model=model,
+        average=copy.deepcopy(model).requires_grad_(False).eval(),
+        optimizer=script.make_optimizer(model, args),
+        images=images[0][:200],
+        labels=labels,
+        batch_loss=script.batch_loss,
+    ), args
+
+
+def draw_inputs(script, args, steps):
+    """Inputs of consecutive training steps for small_run."""
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        index_l = torch.randint(40, (args.batch_size,), generator=generator)
+        index_u = torch.randint(200, (script.unlabeled_batch_size(args),), generator=generator)
+        yield step_inputs(script, index_l.tolist(), index_u.tolist(), step, steps, args)
+
+
+WAITS = {"item", "tolist", "numpy", "cpu", "nonzero", "unique", "masked_select", "__bool__",
+         "__int__", "__float__", "__index__"}  # fmt: skip
+
+
+class NoWaiting(torch.overrides.TorchFunctionMode):
+    """Refuses what would make the CPU wait for a GPU, or send it something."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        assert name not in WAITS, f"{name} waits for the device"
+        assert name not in ("tensor", "as_tensor", "from_numpy"), f"{name} copies to the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_step_never_waits_for_the_device(script, images):
+    """Under FakeTensorMode there are no values: whatever asks for one, or whose shape depends on
+    one, fails, in the backward pass, the optimizer and the average too."""
+    run, args = small_run(script, images)
+    steps = list(draw_inputs(script, args, 2))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for inputs in steps:
+            inputs = [mode.from_tensor(tensor) for tensor in inputs]
+            with NoWaiting():
+                metrics = script.training_step(run, args, *inputs)
+        assert isinstance(metrics["loss"], FakeTensor)
+        with NoWaiting(), pytest.raises(AssertionError, match="item waits"):
+            metrics["loss"].item()
+        with pytest.raises(Exception, match="nonzero"):
+            torch.nonzero(metrics["loss"])
+
+
+@pytest.mark.parametrize(
+    "script, precision", [*((script, "fp32") for script in SCRIPTS), (vat_scar, "bf16")]
+)
+def test_loss_is_one_compiled_graph(script, images, precision):
+    """Augmentation and loss, with batch norm and VAT's direction, once for the whole ramp; nothing
+    in the graph asks for a value, and its numbers are those of the loss as it is."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    results = []
+    torch._dynamo.reset()
+    for compiled in (True, False):
+        run, args = small_run(script, images, "--precision", precision)
+        if compiled:
+            run.batch_loss = torch.compile(script.batch_loss, fullgraph=True, backend=backend)
+        for i, inputs in enumerate(draw_inputs(script, args, 2)):
+            torch.manual_seed(i)
+            script.training_step(run, args, *inputs)
+        results.append(torch.cat([t.flatten() for t in run.model.state_dict().values()]))
+    assert len(graphs) == 1
+    called = {str(getattr(node.target, "__name__", node.target)) for node in graphs[0].graph.nodes}
+    assert "conv2d" in called and not called & WAITS
+    tolerance = {"fp32": 1e-6, "bf16": 1e-2}[precision]
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+class Recorder(TorchDispatchMode):
+    """A CUDA graph's stand-in on the CPU: keeps every operation, with the very tensors that it
+    read and wrote, and does them again. So what a captured step would keep fixed, it keeps fixed.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, outputs))
+        return outputs
+
+    def replay(self):
+        with torch._C._AutoDispatchBelowAutograd():
+            for function, args, kwargs, outputs in self.operations:
+                again = function(*args, **kwargs)
+                for old, new in zip(tree_leaves(outputs), tree_leaves(again)):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_captured_step_is_the_step(script, images, monkeypatch):
+    """Learning rate, ramp, decay and images of each replay are its own; fresh random numbers too.
+
+    Capturing works on CUDA alone, so here a recorder stands in for the graph. As capturing computes
+    nothing, and recording does, the state goes back to what it was before.
+    """
+    recorders = []
+
+    def recording(graph, stream):
+        recorders.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    results = []
+    for captured in (True, False):
+        run, args = small_run(script, images)
+        step = partial(script.training_step, run, args)
+        losses = []
+        for i, inputs in enumerate(draw_inputs(script, args, 6)):
+            if captured and i == 3:
+                state = [run.model.state_dict(), run.average.state_dict()]
+                state += run.optimizer.state.values()
+                before = copy.deepcopy(state)
+                step = script.capture(run, args, inputs)
+                for now, then in zip(state, before):
+                    for name in now:
+                        now[name].copy_(then[name])
+            torch.manual_seed(i)
+            losses.append(step(*inputs)["loss"].item())
+        weights = [t.flatten() for m in (run.model, run.average) for t in m.state_dict().values()]
+        results.append((torch.tensor(losses), torch.cat(weights)))
+    assert len(recorders) == 1 and len(recorders[0].operations) > 500
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_no_graph_is_a_notice(images, monkeypatch, capsys):
+    def fails(graph, stream):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nhints")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
+    monkeypatch.setattr(torch.cuda, "graph", fails)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    run, args = small_run(vat_scar, images)
+    inputs = list(draw_inputs(vat_scar, args, 1))[0]
+    step = vat_scar.capture(run, args, inputs)
+    assert capsys.readouterr().out == (
+        "no CUDA graph here, going on without it "
+        "(CUDA error: operation not permitted when stream is capturing)\n"
+    )
+    assert step(*inputs)["loss"] > 0
+
+
+def test_without_a_compiler_a_run_goes_on(tmp_path):
+    """torch.compile looks for a C++ compiler in CXX; a wrong one is as good as none."""
+    environment = {**os.environ, "CXX": "no-such-compiler", "OMP_NUM_THREADS": "1",
+                   "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}  # fmt: skip
+    options = "--compile --device cpu --epochs 1 --table2-eps 6 --select none --out run"
+    command = [sys.executable, HERE / "vat_scar.py", *SMALL.split(), *options.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    notices = [line for line in done.stdout.splitlines() if line.startswith("no torch.compile")]
+    assert len(notices) == 1 and "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["args"]["compile"] is False
+
+
+def test_trying_the_compiled_loss_changes_nothing(images, monkeypatch):
+    for script in SCRIPTS:
+        run, args = small_run(script, images)
+        before = copy.deepcopy(run.model.state_dict())
+        monkeypatch.setattr(torch, "compile", lambda function: function)
+        assert script.compile_loss(run, args) is script.batch_loss
+        for name, tensor in run.model.state_dict().items():
+            assert torch.equal(tensor, before[name])
+        assert all(parameter.grad is None for parameter in run.model.parameters())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_randaugment_is_pillows(varied_images):
+    """test_randaugment_is_pillows has Pillow's images for the function as it is; this, as compiled
+    by torch.compile, gives the same."""
+    x, generator = varied_images.repeat(14, 1, 1, 1), torch.Generator().manual_seed(0)
+    op = torch.arange(14).repeat_interleave(len(varied_images))
+    level = torch.rand(len(x), generator=generator)
+    plain = randaugment_op(x, op, level)
+    torch._dynamo.reset()
+    compiled = torch.compile(randaugment_op, fullgraph=True)(x, op, level)
+    off = (plain != compiled).any(1).float().mean((1, 2)).view(14, -1).mean(1)
+    assert off.max() <= 0.001, off
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_augmentations_compile_as_one_graph(script, images):
+    for augment in [script.weak_augment, getattr(script, "strong_augment", script.weak_augment)]:
+        torch._dynamo.reset()
+        views = []
+        for function in (augment, torch.compile(augment, fullgraph=True, backend="aot_eager")):
+            torch.manual_seed(0)
+            views.append(function(images[0][:50]))
+        assert torch.equal(*views)
+
+
+@needs_cuda
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_step_on_cuda_captured_and_without_waiting(script, images):
+    """Six steps in float32: plain, compiled, compiled and captured; losses and weights agree."""
+    results = []
+    for variant in ("plain", "compiled", "captured"):
+        run, args = small_run(script, images, "--precision", "fp32")
+        for name in ("model", "average"):
+            getattr(run, name).cuda()
+        run.optimizer = script.make_optimizer(run.model, args)
+        run.images, run.labels = run.images.cuda(), run.labels.cuda()
+        if variant != "plain":  # random numbers that are those of the plain one
+            torch._dynamo.reset()
+            run.batch_loss = torch.compile(script.batch_loss, fullgraph=True, backend="aot_eager")
+        steps = [[tensor.cuda() for tensor in inputs] for inputs in draw_inputs(script, args, 6)]
+        step = partial(script.training_step, run, args)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        losses = []
+        with torch.cuda.stream(stream):
+            for i, inputs in enumerate(steps):
+                if variant == "captured" and i == 3:
+                    step = script.capture(run, args, inputs)
+                torch.manual_seed(i)
+                torch.cuda.set_sync_debug_mode("error" if i >= 3 else "default")
+                loss = step(*inputs)["loss"]
+                torch.cuda.set_sync_debug_mode("default")
+                losses.append(loss.item())
+        if variant == "captured":
+            assert not isinstance(step, partial)
+        weights = [t.flatten() for t in run.average.state_dict().values()]
+        results.append((torch.tensor(losses), torch.cat(weights).cpu()))
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=1e-3, atol=1e-3)
+
+
+@needs_cuda
+def test_compiled_randaugment_on_cuda_is_that_of_the_cpu(varied_images):
+    x, op = varied_images.repeat(14, 1, 1, 1), torch.arange(14).repeat_interleave(240)
+    level = torch.rand(len(x), generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(randaugment_op, fullgraph=True)(x.cuda(), op.cuda(), level.cuda())
+    off = (randaugment_op(x, op, level) != compiled.cpu()).any(1).float().mean((1, 2))
+    assert off.view(14, -1).mean(1).max() <= 0.01, off
 
 
 # --------------------------------------------------------------------------------- SCAR's selection
@@ -1055,21 +1333,26 @@ def test_resumed_run_is_the_uninterrupted_one(script, few_images, tmp_path, monk
 def test_fine_tunings_from_one_pretraining_differ_in_the_selection_alone(
     script, few_images, tmp_path, monkeypatch
 ):
-    unlabeled_batches, at_start = {}, {}
-    original = script.training_step
+    unlabeled_batches, at_start, phases = {}, {}, []
+    training_step, train_epoch = script.training_step, script.train_epoch
 
-    def spy(run, x_l, y_l, x_u, step, phase, args):
-        key = args.select, args.eps, phase
-        unlabeled_batches.setdefault(key, []).append((x_u, torch.get_rng_state()))
+    def epoch_spy(run, phase, *rest, **options):
+        phases.append(phase)
+        return train_epoch(run, phase, *rest, **options)
+
+    def step_spy(run, args, index_l, index_u, lr, lambda_u, decay):
+        key = args.select, args.eps, phases[-1]
+        unlabeled_batches.setdefault(key, []).append((index_u, torch.get_rng_state()))
         if key not in at_start:
             weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
             average = {name: tensor.clone() for name, tensor in run.average.state_dict().items()}
             momentum = len(run.optimizer.state)
-            at_start[key] = step, run.labels.clone(), weights, average, momentum
-        assert (y_l >= 0).all()
-        return original(run, x_l, y_l, x_u, step, phase, args)
+            at_start[key] = decay.item(), run.labels.clone(), weights, average, momentum
+        assert (run.labels[index_l] >= 0).all()
+        return training_step(run, args, index_l, index_u, lr, lambda_u, decay)
 
-    monkeypatch.setattr(script, "training_step", spy)
+    monkeypatch.setattr(script, "train_epoch", epoch_spy)
+    monkeypatch.setattr(script, "training_step", step_spy)
     results = {}
     for select, eps in (("fgsm", 2.0), ("none", 2.0), ("confidence", 2.0), ("fgsm", 0.0)):
         out = tmp_path / f"{select}{eps:g}"
@@ -1085,10 +1368,10 @@ def test_fine_tunings_from_one_pretraining_differ_in_the_selection_alone(
     assert results["fgsm", 0.0]["selection"]["kept"] == first["selection"]["unlabeled"] == 200
     assert [row["eps"] for row in first["table2"]] == [1.0, 2.0]
     for batches in (unlabeled_batches[select, eps, "finetune"] for select, eps in results):
-        for (x_u, state), (x_first, state_first) in zip(
+        for (index_u, state), (index_first, state_first) in zip(
             batches, unlabeled_batches["fgsm", 2.0, "finetune"], strict=True
         ):
-            assert torch.equal(x_u, x_first) and torch.equal(state, state_first)
+            assert torch.equal(index_u, index_first) and torch.equal(state, state_first)
 
     # each starts from theta~, with a new optimizer, knowing the true labels and those of the kept
     theta = WideResNet(10, 10, 1)
@@ -1104,8 +1387,9 @@ def test_fine_tunings_from_one_pretraining_differ_in_the_selection_alone(
             keep = script.select_confident(theta, x[pool], int(keep.sum()))
         known = torch.full_like(y, -1)
         known[labeled], known[pool[keep]] = y[labeled], pseudo[keep]
-        step, labels, weights, average, momentum = at_start[select, eps, "finetune"]
-        assert step == 0 and momentum == 0 and torch.equal(labels, known)
+        decay, labels, weights, average, momentum = at_start[select, eps, "finetune"]
+        assert decay == pytest.approx(0.1)  # that of the first step
+        assert momentum == 0 and torch.equal(labels, known)
         for name, tensor in theta_weights.items():
             assert torch.equal(weights[name], tensor) and torch.equal(average[name], tensor)
     known_before = at_start["fgsm", 2.0, "pretrain"][1] >= 0
@@ -1116,19 +1400,18 @@ def test_fine_tunings_from_one_pretraining_differ_in_the_selection_alone(
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_epoch_phase_and_seed_draws_its_own(script, few_images, tmp_path, monkeypatch):
-    first_batches = []
+    batches = []
     original = script.training_step
 
-    def spy(run, x_l, y_l, x_u, step, phase, args):
-        if step % args.steps_per_epoch == 0:
-            first_batches.append(x_u.numpy().tobytes())
-        return original(run, x_l, y_l, x_u, step, phase, args)
+    def spy(run, args, index_l, index_u, *numbers):
+        batches.append(index_u.numpy().tobytes())
+        return original(run, args, index_l, index_u, *numbers)
 
     monkeypatch.setattr(script, "training_step", spy)
     for seed in ("0", "1"):
         options = ["--seed", seed, "--table2-eps", "1", "--out", str(tmp_path / seed)]
         script.main([*SMALL.split(), *options])
-    assert len(first_batches) == len(set(first_batches)) == 8
+    assert len(batches) == len(set(batches)) == 2 * 2 * 2 * 4  # seeds, phases, epochs, steps
     weights = [torch.load(tmp_path / seed / "pretrain.pt", weights_only=True) for seed in "01"]
     assert not torch.equal(weights[0]["conv.weight"], weights[1]["conv.weight"])
 
@@ -1504,9 +1787,9 @@ def test_stops_when_the_weights_are_not_finite(few_images, tmp_path, monkeypatch
     """Also when the very last step has done it, whose loss was still fine."""
     original = vat_scar.training_step
 
-    def last_step_overflows(run, x_l, y_l, x_u, step, phase, args):
-        metrics = original(run, x_l, y_l, x_u, step, phase, args)
-        if step == 3:
+    def last_step_overflows(run, args, *inputs):
+        metrics = original(run, args, *inputs)
+        if inputs[-1] > 0.3:  # the average's decay at the fourth step
             run.average.linear.bias.data.fill_(math.inf)
         return metrics
 

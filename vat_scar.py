@@ -38,6 +38,7 @@ import time
 import zlib
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,7 +46,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call
+from torch.func import functional_call, grad
 from torchvision.utils import make_grid, save_image
 
 from common import WideResNet, fgsm, load_images, split_labeled
@@ -181,15 +182,17 @@ def vat_direction(model, x, prob, xi, power_iterations, d0=None):
     Source: VAT, section 3.3, algorithm 1: KL(prob to p(x + r)) has its minimum at r = 0, so its
     gradient at xi * d is the Hessian's product with xi * d; normalized, a step of power iteration.
     """
+
+    def divergence(r):
+        logits = forward_untracked(model, x + r)
+        # KL but for the entropy of prob, on which r has no influence; in float64, because a
+        # small xi makes differences that float32 rounds away
+        return F.cross_entropy(logits.double(), prob.double(), reduction="sum")
+
     d = unit(torch.randn_like(x) if d0 is None else d0)
     for _ in range(power_iterations):
-        with torch.enable_grad():
-            r = (xi * d).requires_grad_()
-            logits = forward_untracked(model, x + r)
-            # KL but for the entropy of prob, on which r has no influence; in float64, because a
-            # small xi makes differences that float32 rounds away
-            divergence = F.cross_entropy(logits.double(), prob.double(), reduction="sum")
-            (gradient,) = torch.autograd.grad(divergence, r)
+        with torch.no_grad():  # no second derivative is needed
+            gradient = grad(divergence)(xi * d)
         largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
         # squares of small numbers would be 0; where the gradient itself is, the direction stays
         d = torch.where(largest > 0, unit(gradient / largest), d)
@@ -323,32 +326,41 @@ def batch_loss(model, x_l, y_l, x_u, lambda_u, args):
         )  # fmt: skip
 
 
+def average_decay(step, args):
+    """Decay of the average at step 0, 1, ... of a phase; young, it follows faster."""
+    return min(args.ema_decay, (1 + step) / (10 + step))
+
+
 def update_average(average, model, decay):
-    """average = decay * average + (1 - decay) * model, in place, batch-norm statistics included."""
-    ours, theirs = list(average.state_dict().values()), list(model.state_dict().values())
-    floats = [i for i, tensor in enumerate(ours) if tensor.is_floating_point()]
-    torch._foreach_lerp_([ours[i] for i in floats], [theirs[i] for i in floats], 1 - decay)
-    for a, b in zip(ours, theirs):
-        if not a.is_floating_point():  # the batch counters
-            a.copy_(b)
+    """average = decay * average + (1 - decay) * model, in place, batch-norm statistics included.
 
-
-def training_step(run, x_l, y_l, x_u, step, phase, args):
-    """One update of run.model and of its average, in place; step counts from 0 in each phase.
-
-    x_l: uint8 [B, 3, H, W], y_l: int64 [B], x_u: uint8 [U, 3, H, W]. Returns the metrics, as
-    detached scalars on the device: nothing here waits for it.
+    decay: float or 0-dim tensor.
     """
-    lr, lambda_u = schedule(step, args.epochs * args.steps_per_epoch, phase, args)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    lambda_u = torch.full((), lambda_u, device=x_l.device)  # a float would be compiled in
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
+    ours, theirs = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+    change = torch._foreach_sub(theirs, ours)
+    torch._foreach_mul_(change, 1 - decay)
+    torch._foreach_add_(ours, change)
+    counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+    if counters:  # of batches, in batch norm
+        torch._foreach_copy_(*zip(*counters))
+
+
+def training_step(run, args, index_l, index_u, lr, lambda_u, decay):
+    """One update of run.model and of its average, in place.
+
+    index_l: int64 [B], index_u: int64 [U], images of the step; lr, lambda_u, decay: 0-dim float32.
+    All are tensors on the device, and nothing here waits for it, so that the whole step can be
+    captured in a CUDA graph. Returns the metrics, detached scalars on the device.
+    """
+    x_l, y_l, x_u = run.images[index_l], run.labels[index_l], run.images[index_u]
     loss, metrics = run.batch_loss(run.model, x_l, y_l, x_u, lambda_u, args)
     run.optimizer.zero_grad()
     loss.backward()
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
     run.optimizer.step()
-    # early on the average is young, so it follows faster
-    update_average(run.average, run.model, min(args.ema_decay, (1 + step) / (10 + step)))
+    update_average(run.average, run.model, decay)
     return {"loss": loss.detach(), **metrics}
 
 
@@ -359,7 +371,10 @@ def training_step(run, x_l, y_l, x_u, step, phase, args):
 PHASES = ("pretrain", "finetune")
 STATEFUL = ("model", "average", "optimizer")
 CHECKPOINT = (*STATEFUL, "given", "phase", "epoch", "rows", "found", "labels")
-RESULT = "data scored_on seed select pretrain_accuracy final_accuracy table2 args".split()
+RESULT = (
+    "data scored_on seed select pretrain_accuracy final_accuracy table2 ms_per_step "
+    "images_per_second peak_memory_gib device args"
+).split()
 # What may change when a run goes on. Its images may not: they are compared once they are loaded.
 MAY_CHANGE = {"device", "out", "data_dir", "compile", "tensorboard", "images_crc32"}
 
@@ -413,6 +428,64 @@ def median_step_ms(marks):
     return float(np.median(steps[2:] or steps))
 
 
+def first_line(error):
+    """What an error says in short."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def compile_loss(run, args):
+    """batch_loss compiled and tried once; as it is, with a notice, where that does not work."""
+    before = copy.deepcopy(run.model.state_dict())
+    x_l, x_u = (
+        run.images[torch.arange(count, device=run.images.device) % len(run.images)]
+        for count in (args.batch_size, unlabeled_batch_size(args))
+    )
+    y_l = torch.zeros(len(x_l), dtype=torch.int64, device=x_l.device)
+    compiled = torch.compile(batch_loss)
+    run.model.train()
+    try:
+        torch.compile(torch.neg)(y_l)  # fails at once where there is no C++ compiler or Triton
+        loss, _ = compiled(run.model, x_l, y_l, x_u, torch.zeros((), device=x_l.device), args)
+        loss.backward()
+    except Exception as error:  # of a dozen kinds
+        say(f"no torch.compile here, going on without it ({first_line(error)})")
+        compiled = batch_loss
+    run.model.load_state_dict(before)  # batch norm's statistics have moved
+    run.optimizer.zero_grad()
+    return compiled
+
+
+def capture(run, args, inputs):
+    """training_step as a CUDA graph, so that all its kernels are one launch.
+
+    inputs: a step's, tensors on the device. Returns a function of inputs; what that returns is
+    overwritten by its next call. Here nothing is computed: steps must have run before, on the
+    current stream, which must not be the default one. Where there can be no graph, it says so and
+    returns the step as it is.
+    """
+    static, groups = [tensor.clone() for tensor in inputs], run.optimizer.param_groups
+    run.optimizer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        for group in groups:
+            group["capturable"] = True  # Adam insists; to a fused one it makes no difference
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            metrics = training_step(run, args, *static)
+    except RuntimeError as error:
+        say(f"no CUDA graph here, going on without it ({first_line(error)})")
+        return partial(training_step, run, args)
+    finally:
+        for group in groups:
+            group["capturable"] = False
+
+    def replay(*inputs):
+        torch._foreach_copy_(static, inputs)
+        graph.replay()
+        return metrics
+
+    return replay
+
+
 def train_epoch(run, phase, epoch, args, estimate):
     """One epoch; returns its row of metrics.csv. All it draws follows from (seed, phase, epoch).
 
@@ -429,12 +502,20 @@ def train_epoch(run, phase, epoch, args, estimate):
     batches_u = draw_batches(run.unlabeled, steps, unlabeled_batch_size(args), generator)
     labeled = torch.nonzero(run.labels >= 0).squeeze(1)
     batches_l = draw_batches(labeled, steps, args.batch_size, generator)
+    first = (epoch - 1) * steps
+    numbers = [
+        (*schedule(step, args.epochs * steps, phase, args), average_decay(step, args))
+        for step in range(first, first + steps)
+    ]
+    lr, lambda_u, decay = torch.tensor(numbers, device=device).unbind(1)
 
     run.model.train()
+    step = run.replay or partial(training_step, run, args)
     totals, marks, shown = {}, [time_mark(device)], started
-    for i, (index_l, index_u) in enumerate(zip(batches_l, batches_u)):
-        x_l, y_l, x_u = run.images[index_l], run.labels[index_l], run.images[index_u]
-        metrics = training_step(run, x_l, y_l, x_u, (epoch - 1) * steps + i, phase, args)
+    for i, inputs in enumerate(zip(batches_l, batches_u, lr, lambda_u, decay)):
+        if i == 3 and args.compile and device.type == "cuda" and not run.replay:
+            step = run.replay = capture(run, args, inputs)
+        metrics = step(*inputs)
         totals = {name: totals.get(name, 0) + value for name, value in metrics.items()}
         marks.append(time_mark(device))
         if estimate and i + 1 == min(10, steps):
@@ -451,7 +532,7 @@ def train_epoch(run, phase, epoch, args, estimate):
         raise FloatingPointError(
             f"loss or weights are not finite in {phase} epoch {epoch}; lower --lr"
         )
-    row = {"phase": phase, "epoch": epoch, "lr": run.optimizer.param_groups[0]["lr"], **means}
+    row = {"phase": phase, "epoch": epoch, "lr": numbers[-1][0], **means}
     row |= {"accuracy": evaluate(run.average, *run.scored), "ms_per_step": median_step_ms(marks)}
     return {**row, "seconds": time.perf_counter() - started}
 
@@ -498,6 +579,11 @@ def tables(result):
         lines.append(f"{name:24}{here[0]:>24}{here[1]:>24}")
         if row["eps"] in PAPER_TABLE2:
             lines.append("{:>24}{:>24}{:>24}".format("paper", *PAPER_TABLE2[row["eps"]]))
+    peak = result["peak_memory_gib"]
+    lines.append(
+        f"\n{result['ms_per_step']:.1f} ms a step, {result['images_per_second']:,.0f} images/s, "
+        f"{f'at most {peak:.2f} GiB, ' if peak else ''}{result['device']}"
+    )
     return "\n".join(lines)
 
 
@@ -653,7 +739,7 @@ def prepare(args):
     written = last_written(Path(args.out))
     result, checkpoint = find_run(Path(args.out), given)
     if result is not None:
-        return SimpleNamespace(out=Path(args.out), result=result)
+        return SimpleNamespace(out=Path(args.out), result=result, stream=None)
 
     cuda = torch.cuda.is_available()
     if args.device == "auto":
@@ -723,7 +809,9 @@ def prepare(args):
         model=model,
         average=copy.deepcopy(model).requires_grad_(False).eval(),
         optimizer=make_optimizer(model, args),
-        batch_loss=torch.compile(batch_loss) if args.compile else batch_loss,
+        batch_loss=batch_loss,
+        replay=None,  # the training step as a CUDA graph
+        stream=torch.cuda.Stream() if args.device == "cuda" else None,  # graphs need their own
     )
     if checkpoint:
         try:
@@ -738,6 +826,8 @@ def prepare(args):
     run.lock = lock(run.out)
     if last_written(run.out) != written:
         raise ValueError(f"another process has just written to {run.out}; give the command again")
+    if run.stream:
+        run.stream.wait_stream(torch.cuda.current_stream())
     return run
 
 
@@ -825,13 +915,17 @@ def train(run, args, command):
         "given": run.given,
     }
 
+    if args.compile:
+        say("compiling")
+        run.batch_loss = compile_loss(run, args)
+        args.compile = run.batch_loss is not batch_loss
     first = True
     for phase in PHASES[PHASES.index(state["phase"]) :]:
         if phase == "finetune" and not state["found"]:
             save(run.average.state_dict(), run.out / "pretrain.pt")
             state |= {"phase": phase, "epoch": 0, "found": select(run, args)}
             run.model.load_state_dict(run.average.state_dict())
-            run.optimizer = make_optimizer(run.model, args)
+            run.optimizer, run.replay = make_optimizer(run.model, args), None
         for epoch in range(state["epoch"] + 1, args.epochs + 1):
             row = train_epoch(run, phase, epoch, args, estimate=first and args.device == "cpu")
             seconds_left = epochs_left(phase, epoch, args) * row["seconds"]
@@ -897,7 +991,8 @@ def main(argv=None):
     run = None
     try:
         run = prepare(args)
-        result = train(run, args, command) if run.result is None else run.result
+        with torch.cuda.stream(run.stream):
+            result = train(run, args, command) if run.result is None else run.result
     except KeyboardInterrupt as signal_received:
         code = 143 if signal_received.args else 130
         leave(code, "stopped; the same command goes on after the last finished epoch")
