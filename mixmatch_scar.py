@@ -45,6 +45,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.func import functional_call
 from torchvision.utils import make_grid, save_image
@@ -318,7 +319,8 @@ def update_average(average, model, decay):
 def training_step(run, args, index_l, index_u, lr, lambda_u, decay):
     """One update of run.model and of its average, in place.
 
-    index_l: int64 [B], index_u: int64 [U], images of the step; lr, lambda_u, decay: 0-dim float32.
+    index_l: int64 [B], index_u: int64 [U], images of the step, with several processes this one's
+    share of them; lr, lambda_u, decay: 0-dim float32.
     All are tensors on the device, and nothing here waits for it, so that the whole step can be
     captured in a CUDA graph. Returns the metrics, detached scalars on the device.
     """
@@ -326,6 +328,7 @@ def training_step(run, args, index_l, index_u, lr, lambda_u, decay):
     loss, metrics = run.batch_loss(run.model, x_l, y_l, x_u, lambda_u, args)
     run.optimizer.zero_grad()
     loss.backward()
+    average_over_ranks([p.grad for p in run.model.parameters()])
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.step()
@@ -371,6 +374,73 @@ def evaluate(model, x, y):
     return 100 * int((predict(model, x) == y).sum()) / len(x)
 
 
+def join(args):
+    """Joins the processes that torchrun has started; started otherwise, this one stays alone.
+
+    Raises ValueError with one sentence.
+    """
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
+        return
+    cuda = torch.cuda.is_available() and args.device != "cpu"
+    if cuda:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"there are {torch.cuda.device_count()} GPUs; lower torchrun's --nproc-per-node"
+            )
+        torch.cuda.set_device(local_rank)
+    store, rank, count = next(dist.rendezvous("env://"))
+    if os.environ["GROUP_WORLD_SIZE"] == "1":
+        # else restarted processes find the addresses of those before (PyTorch's issue 135712)
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(hours=1),
+    )
+
+
+def ranks():
+    """(number of this process, number of processes); the one with number 0 speaks and writes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(value):
+    """What process 0 gives, on every process. The others may give anything."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def average_over_ranks(tensors):
+    """Replaces each tensor by its mean over the processes: all of them in one exchange."""
+    if not dist.is_initialized():
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view(t.shape) for part, t in zip(parts, tensors)])
+
+
+def settle_ranks(run):
+    """At the end of an epoch: averages batch norm's statistics, the only part of the state that
+    differs between processes. Raises FloatingPointError if another part does too.
+    """
+    if not dist.is_initialized():
+        return
+    modules = (run.model, run.average)
+    buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]
+    average_over_ranks(buffers)
+    sums = [t.double().sum() for module in modules for t in module.state_dict().values()]
+    highest = torch.stack(sums + [-s for s in sums])
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    if not torch.equal(highest, torch.stack(sums + [-s for s in sums])):
+        raise FloatingPointError("the processes have come to different weights")
+
+
 def draw_batches(pool, count, size, generator):
     """int64 [count, size] out of pool, int64 [M]: shuffled passes, each entry once a pass."""
     passes = -(-count * size // len(pool))
@@ -406,8 +476,8 @@ def compile_loss(run, args):
     """batch_loss compiled and tried once; as it is, with a notice, where that does not work."""
     before = copy.deepcopy(run.model.state_dict())
     x_l, x_u = (
-        run.images[torch.arange(count, device=run.images.device) % len(run.images)]
-        for count in (args.batch_size, unlabeled_batch_size(args))
+        run.images[torch.arange(size // ranks()[1], device=run.images.device) % len(run.images)]
+        for size in (args.batch_size, unlabeled_batch_size(args))
     )
     y_l = torch.zeros(len(x_l), dtype=torch.int64, device=x_l.device)
     compiled = torch.compile(batch_loss)
@@ -462,15 +532,18 @@ def train_epoch(run, phase, epoch, args, estimate):
     loss or the averaged weights are not finite.
     """
     device, steps, started = run.images.device, args.steps_per_epoch, time.perf_counter()
+    rank, count = ranks()
     seeds = (
         np.random.SeedSequence([args.seed, PHASES.index(phase), epoch]).generate_state(2).tolist()
     )
-    torch.manual_seed(seeds[0])
+    torch.manual_seed(seeds[0] + rank)
     # batches have a generator of their own, so that a larger labeled set moves no augmentation
     generator = torch.Generator(device).manual_seed(seeds[1])
     batches_u = draw_batches(run.unlabeled, steps, unlabeled_batch_size(args), generator)
     labeled = torch.nonzero(run.labels >= 0).squeeze(1)
     batches_l = draw_batches(labeled, steps, args.batch_size, generator)
+    # every process draws the whole batches and takes its share
+    batches_l, batches_u = batches_l[:, rank::count], batches_u[:, rank::count]
     first = (epoch - 1) * steps
     numbers = [
         (*schedule(step, args.epochs * steps, phase, args), average_decay(step, args))
@@ -491,24 +564,28 @@ def train_epoch(run, phase, epoch, args, estimate):
             ms = median_step_ms(marks)
             seconds = round(epochs_left(phase, epoch - 1, args) * steps * ms / 1000)
             say(f"{ms:.0f} ms a step: about {timedelta(seconds=seconds)} to go")
-        if sys.stdout.isatty() and time.perf_counter() - shown > 0.5:
+        if sys.stdout.isatty() and rank == 0 and time.perf_counter() - shown > 0.5:
             shown = time.perf_counter()
             print(f"\r{phase} {epoch}: step {i + 1} of {steps}\033[K", end="", flush=True)
 
+    average_over_ranks(list(totals.values()))
     means = {name: float(total) / steps for name, total in totals.items()}
     weights_finite = all(t.isfinite().all() for t in run.average.state_dict().values())
     if not math.isfinite(means["loss"]) or not weights_finite:
         raise FloatingPointError(
             f"loss or weights are not finite in {phase} epoch {epoch}; lower --lr"
         )
+    settle_ranks(run)
+    accuracy = share(evaluate(run.average, *run.scored) if rank == 0 else None)
     row = {"phase": phase, "epoch": epoch, "lr": numbers[-1][0], **means}
-    row |= {"accuracy": evaluate(run.average, *run.scored), "ms_per_step": median_step_ms(marks)}
+    row |= {"accuracy": accuracy, "ms_per_step": median_step_ms(marks)}
     return {**row, "seconds": time.perf_counter() - started}
 
 
 def say(text):
     """Prints a line, on a terminal over the live line."""
-    print("\r\033[K" + text if sys.stdout.isatty() else text, flush=True)
+    if ranks()[0] == 0:
+        print("\r\033[K" + text if sys.stdout.isatty() else text, flush=True)
 
 
 def epochs_left(phase, epoch, args):
@@ -575,6 +652,8 @@ def save_selection(path, x, keep, pseudo, y):
 
 def save(content, path):
     """Writes text, or anything else by torch.save, beside the file, then moves it into place."""
+    if ranks()[0] > 0:
+        return
     if isinstance(content, str):
         data = content.encode()
     else:
@@ -705,8 +784,12 @@ def prepare(args):
     data = Path(args.data_dir).resolve().name if args.data == "folder" else args.data
     if args.out is None:
         args.out = f"runs/{METHOD}__{data}__{args.select}-eps{args.eps:g}__seed{args.seed}"
+    join(args)
+    rank, count = ranks()
+    if args.batch_size % count:
+        raise ValueError(f"--batch-size {args.batch_size} must be a multiple of {count} processes")
     written = last_written(Path(args.out))
-    result, checkpoint = find_run(Path(args.out), given)
+    result, checkpoint = share(find_run(Path(args.out), given) if rank == 0 else None)
     if result is not None:
         return SimpleNamespace(out=Path(args.out), result=result, stream=None)
 
@@ -728,7 +811,11 @@ def prepare(args):
     device = torch.device(args.device)
 
     say(f"loading {data}")
+    if rank > 0:
+        dist.barrier()  # until process 0 has downloaded what was missing
     x, y, x_scored, y_scored = load_images(args.data, args.data_dir)
+    if rank == 0 < count - 1:
+        dist.barrier()
     given["images_crc32"] = 0
     for part in (x, y, x_scored, y_scored):
         given["images_crc32"] = zlib.crc32(part.numpy(), given["images_crc32"])
@@ -738,7 +825,7 @@ def prepare(args):
             "those, or choose another --out"
         )
     pretrained = None
-    if args.pretrained and not checkpoint:
+    if args.pretrained and not checkpoint and rank == 0:
         pretrained = load_pretrained(args.pretrained, given)
     labeled, unlabeled = split_labeled(y, args.num_labeled, args.seed)
     if args.val:
@@ -763,10 +850,12 @@ def prepare(args):
             ) from None
         if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
             raise ValueError(f"--pretrained {args.pretrained} holds weights that are not finite")
+    model.load_state_dict(share(model.state_dict()))
     model = model.to(device, memory_format=torch.channels_last)
     run = SimpleNamespace(
         out=Path(args.out),
         result=None,
+        lock=None,
         given=given,
         checkpoint=checkpoint,
         data={"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG)"}.get(data, data),
@@ -791,10 +880,13 @@ def prepare(args):
             raise ValueError(
                 f"{run.out / 'checkpoint.pt'} does not fit this run; delete it to start over"
             ) from None
-    run.out.mkdir(parents=True, exist_ok=True)
-    run.lock = lock(run.out)
-    if last_written(run.out) != written:
-        raise ValueError(f"another process has just written to {run.out}; give the command again")
+    if rank == 0:
+        run.out.mkdir(parents=True, exist_ok=True)
+        run.lock = lock(run.out)
+        if last_written(run.out) != written:
+            raise ValueError(
+                f"another process has just written to {run.out}; give the command again"
+            )
     if run.stream:
         run.stream.wait_stream(torch.cuda.current_stream())
     return run
@@ -823,7 +915,8 @@ def announce(run, args):
         f"{unlabeled_batch_size(args)} unlabeled images each")  # fmt: skip
     say(f"  selection  {args.select}, eps {args.eps:g}/255")
     compiled = ", compiled" if args.compile else ""
-    say(f"  device     {device_name(args)}, {args.precision}{compiled}")
+    processes = f"{ranks()[1]} processes on " if ranks()[1] > 1 else ""
+    say(f"  device     {processes}{device_name(args)}, {args.precision}{compiled}")
     say(f"  folder     {run.out} ({state})")
 
 
@@ -871,7 +964,7 @@ def train(run, args, command):
     save(json.dumps(run.given, indent=1), run.out / "args.json")
     save(Path(__file__).read_text(), run.out / Path(__file__).name)
     board = None
-    if args.tensorboard:
+    if args.tensorboard and ranks()[0] == 0:
         from torch.utils.tensorboard import SummaryWriter
 
         board = SummaryWriter(run.out, flush_secs=10)
@@ -892,7 +985,9 @@ def train(run, args, command):
     for phase in PHASES[PHASES.index(state["phase"]) :]:
         if phase == "finetune" and not state["found"]:
             save(run.average.state_dict(), run.out / "pretrain.pt")
-            state |= {"phase": phase, "epoch": 0, "found": select(run, args)}
+            state |= {"phase": phase, "epoch": 0, "found": None}
+            state["found"] = share(select(run, args) if ranks()[0] == 0 else None)
+            run.labels.copy_(share(run.labels.cpu()))
             run.model.load_state_dict(run.average.state_dict())
             run.optimizer, run.replay = make_optimizer(run.model, args), None
         for epoch in range(state["epoch"] + 1, args.epochs + 1):
@@ -933,7 +1028,7 @@ def train(run, args, command):
         "peak_memory_gib": peak,
         "seconds": found["seconds"] + sum(row["seconds"] for row in rows),
         "device": device_name(args),
-        "ranks": 1,
+        "ranks": ranks()[1],
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "torchvision", "numpy", "pillow")},
@@ -951,10 +1046,16 @@ def main(argv=None):
     Exits with 2 when refused before training, 1 when training fails, 130 or 143 when stopped.
     """
     args = parse_args(argv)
-    command = shlex.join(["python", f"{METHOD}_scar.py", *(sys.argv[1:] if argv is None else argv)])
+    launcher = ["python"]
+    if dist.is_torchelastic_launched():
+        nodes, per_node = os.environ["GROUP_WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
+        launcher = ["torchrun", "--nnodes", nodes, "--nproc-per-node", per_node]
+    options = sys.argv[1:] if argv is None else argv
+    command = shlex.join([*launcher, f"{METHOD}_scar.py", *options])
 
     def leave(code, sentence):
-        print(sentence, file=sys.stderr)
+        speaker = f"process {ranks()[0]}: " if ranks()[0] > 0 else ""
+        print(speaker + sentence, file=sys.stderr)
         raise SystemExit(code)
 
     run = None
@@ -967,6 +1068,9 @@ def main(argv=None):
         leave(code, "stopped; the same command goes on after the last finished epoch")
     except (RuntimeError, MemoryError) as error:
         message = str(error).lower()
+        if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in message):
+            leave(1, "error: another process has ended; the same command goes on after the last "
+                  "finished epoch")  # fmt: skip
         if isinstance(error, RuntimeError) and not ("memory" in message or "alloc" in message):
             raise
         leave(1, "error: out of memory on the device; lower --batch-size or --width")
@@ -975,9 +1079,11 @@ def main(argv=None):
             raise  # in training that is a mistake in the code, and the traceback helps
         leave(1 if run else 2, f"error: {error}")
     finally:
-        if run and run.result is None:
+        if run and run.result is None and run.lock:
             run.lock.close()
-    print(f"\n{tables(result)}\n\nmodel.pt, result.json, metrics.csv, selection.png: in {run.out}")
+    say(f"\n{tables(result)}\n\nmodel.pt, result.json, metrics.csv, selection.png: in {run.out}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return result
 
 

@@ -1804,6 +1804,167 @@ def test_stops_when_the_loss_is_not_finite(few_images, tmp_path, capsys):
     assert "not finite" in sentence and "--lr" in sentence
 
 
+# --------------------------------------------------------------------------- more than one process
+
+
+def torchrun(call, *options):
+    """Runs a function of this file in two processes, as torchrun would start a script."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", *options, "--no-python", sys.executable, "-c"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, f"import test_smoke; test_smoke.{call}"],
+        cwd=HERE, env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+
+
+def see_few_images(patch):
+    """The fixture few_images, for the processes of torchrun."""
+    x_train, y_train, x_test, y_test = load_images("synthetic", None)
+    few = x_train[:300], y_train[:300], x_test[:100], y_test[:100]
+    for script in SCRIPTS:
+        patch.setattr(script, "load_images", lambda data, data_dir: few)
+    return few
+
+
+def global_batch(script, images):
+    """Loss and gradient of a training step on this process's share of a batch.
+
+    What would depend on the other images of a process is out: batch norm is in eval mode, nothing
+    is augmented or mixed, and VAT's search starts at the image.
+    """
+    options = {"fixmatch": ["--threshold", "0.1"], "mixmatch": ["--alpha", "0"], "vat": []}
+    run, args = small_run(script, images, *options[script.METHOD])
+    run.model.eval()
+    rank, count = script.ranks()
+    index_l, index_u, *numbers = next(draw_inputs(script, args, 1))
+    numbers[1] += 1  # lambda_u, which starts at 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "weak_augment", lambda x: x)
+        patch.setattr(script, "strong_augment", lambda x: x // 2, raising=False)
+        patch.setattr(torch, "randn_like", lambda x: x - 0.5)
+        inputs = index_l[rank::count], index_u[rank::count], *numbers
+        metrics = script.training_step(run, args, *inputs)
+    script.average_over_ranks([metrics["loss"]])
+    return metrics["loss"], torch.cat([p.grad.flatten() for p in run.model.parameters()])
+
+
+def on_two_ranks(root):
+    """What the tests below look at, in one go, as starting processes takes long."""
+    rank, root = int(os.environ["RANK"]), Path(root)
+    with pytest.MonkeyPatch.context() as patch:
+        images = see_few_images(patch)
+        patch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+        for script in SCRIPTS:
+            options = ["--epochs", "1", "--table2-eps", "1", "--pretrained", root / "pretrain.pt"]
+            options += ["--out", root / f"{script.METHOD}2"]
+            result = script.main([*SMALL.split(), *map(str, options)])
+            assert result["ranks"] == 2
+            loss, gradient = global_batch(script, images)
+            if rank == 0:
+                torch.save((loss, gradient), root / f"{script.METHOD}.pt")
+        assert torch.distributed.get_backend() == "gloo"
+
+        run, args = small_run(vat_scar, images)
+        run.model.bn.running_mean.fill_(rank)
+        vat_scar.settle_ranks(run)
+        assert (run.model.bn.running_mean == 0.5).all()
+        if rank == 1:
+            run.average.linear.bias += 1e-6
+        with pytest.raises(FloatingPointError, match="different weights"):
+            vat_scar.settle_ranks(run)
+        with pytest.raises(SystemExit) as refused:
+            vat_scar.main([*SMALL.split(), "--batch-size", "5", "--out", str(root / "refused")])
+        assert refused.value.code == 2
+
+        result = fixmatch_scar.main([*SMALL.split(), "--out", str(root / "one_then_two")])
+        assert result["ranks"] == 2
+        interrupt_at(patch, fixmatch_scar, "training_step", 14)
+        with pytest.raises(SystemExit):
+            fixmatch_scar.main([*SMALL.split(), "--out", str(root / "two_then_one")])
+
+
+@pytest.fixture(scope="module")
+def two_ranks(images, tmp_path_factory):
+    """The folder that on_two_ranks leaves."""
+    root = tmp_path_factory.mktemp("ranks")
+    torch.manual_seed(0)
+    torch.save(WideResNet(10, 10, 1).state_dict(), root / "pretrain.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        see_few_images(patch)
+        interrupt_at(patch, fixmatch_scar, "training_step", 7)
+        with pytest.raises(SystemExit):
+            fixmatch_scar.main([*SMALL.split(), "--out", str(root / "one_then_two")])
+    done = torchrun(f"on_two_ranks({str(root)!r})")
+    assert done.returncode == 0, done.stderr
+    return root, done
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_ranks_keep_what_one_process_keeps(script, two_ranks, few_images, tmp_path):
+    root = two_ranks[0]
+    options = ["--epochs", "1", "--table2-eps", "1", "--pretrained", root / "pretrain.pt"]
+    one = script.main([*SMALL.split(), *map(str, options), "--out", str(tmp_path / "run")])
+    two = json.loads((root / f"{script.METHOD}2" / "result.json").read_text())
+    assert (one["ranks"], two["ranks"]) == (1, 2) and "--nproc-per-node 2" in two["command"]
+    assert one["selection"] == two["selection"] and one["table2"] == two["table2"]
+    assert one["selection"]["kept"] > 0
+    labels = [
+        torch.load(path / "checkpoint.pt", weights_only=True)["labels"]
+        for path in (tmp_path / "run", root / f"{script.METHOD}2")
+    ]
+    assert torch.equal(*labels)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_ranks_have_the_gradient_of_the_whole_batch(script, two_ranks, images):
+    loss, gradient = torch.load(two_ranks[0] / f"{script.METHOD}.pt", weights_only=True)
+    expected_loss, expected_gradient = global_batch(script, images)
+    assert gradient.abs().max() > 1e-2
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_runs_go_on_with_another_number_of_ranks(two_ranks, few_images):
+    root, done = two_ranks
+    two_then_one = fixmatch_scar.main([*SMALL.split(), "--out", str(root / "two_then_one")])
+    assert two_then_one["ranks"] == 1
+    for name in ("one_then_two", "two_then_one"):
+        epochs = [(row["phase"], row["epoch"]) for row in read_rows(root / name)]
+        assert epochs == [(phase, n) for phase in ("pretrain", "finetune") for n in "12"]
+    # process 0 alone speaks
+    assert done.stdout.count("pretrain     2 ") == 2 and "2 processes on" in done.stdout
+    assert "error: --batch-size 5 must be a multiple of 2 processes" in done.stderr
+    assert not (root / "refused").exists()
+
+
+def rank_1_dies(root):
+    """A run whose process 1 is killed in the second epoch, the first time."""
+    with pytest.MonkeyPatch.context() as patch:
+        see_few_images(patch)
+        original, calls = vat_scar.training_step, []
+
+        def step(*args):
+            calls.append(None)
+            if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+                if len(calls) == 7:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args)
+
+        patch.setattr(vat_scar, "training_step", step)
+        vat_scar.main([*SMALL.split(), "--table2-eps", "1", "--out", f"{root}/run"])
+
+
+def test_a_killed_rank_ends_the_others_and_restarts_go_on(tmp_path):
+    started = time.time()
+    done = torchrun(f"rank_1_dies({str(tmp_path)!r})", "--max-restarts", "1")
+    assert done.returncode == 0, done.stderr
+    assert time.time() - started < 120
+    assert "error: another process has ended" in done.stderr
+    assert "going on after pretrain epoch 1" in done.stdout
+    assert [row["epoch"] for row in read_rows(tmp_path / "run")] == list("1212")
+
+
 # ------------------------------------------------------------------ faults, interruptions, bad data
 
 # Runs a script in forked children, kills them at random moments, then lets one go on to the end. On
