@@ -473,12 +473,17 @@ def evaluate(model, x, y):
     return 100 * int((predict(model, x) == y).sum()) / len(x)
 
 
+def by_torchrun():
+    """Whether torchrun has started this process."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
 def join(args):
     """Joins the processes that torchrun has started; started otherwise, this one stays alone.
 
     Raises ValueError with one sentence.
     """
-    if not dist.is_torchelastic_launched() or dist.is_initialized():
+    if not by_torchrun() or dist.is_initialized():
         return
     cuda = torch.cuda.is_available() and args.device != "cpu"
     if cuda:
@@ -503,32 +508,44 @@ def join(args):
 
 def ranks():
     """(number of this process, number of processes); the one with number 0 speaks and writes."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    alone = not dist.is_available() or not dist.is_initialized()
+    return (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
 
 
 def share(value):
     """What process 0 gives, on every process. The others may give anything."""
     box = [value]
-    if dist.is_initialized():
+    if ranks()[1] > 1:
         dist.broadcast_object_list(box)
     return box[0]
 
 
 def average_over_ranks(tensors):
-    """Replaces each tensor by its mean over the processes: all of them in one exchange."""
-    if not dist.is_initialized():
+    """Replaces each tensor by its mean over the processes: all of them in one exchange.
+
+    tensors: without gaps in memory, of one dtype, laid out alike in all processes.
+    """
+    if ranks()[1] == 1:
         return
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    # as they lie in memory, channels_last or not, so that there is nothing to reorder
+    parts = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+    flat = torch.cat(parts)
     dist.all_reduce(flat)
-    parts = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(tensors, [part.view(t.shape) for part, t in zip(parts, tensors)])
+    torch._foreach_copy_(parts, (flat / ranks()[1]).split([len(part) for part in parts]))
+
+
+def all_ranks(fine, device):
+    """Whether it is fine in all processes."""
+    share_fine = torch.tensor(float(fine), device=device)
+    average_over_ranks([share_fine])
+    return share_fine.item() == 1
 
 
 def settle_ranks(run):
     """At the end of an epoch: averages batch norm's statistics, the only part of the state that
     differs between processes. Raises FloatingPointError if another part does too.
     """
-    if not dist.is_initialized():
+    if ranks()[1] == 1:
         return
     modules = (run.model, run.average)
     buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]
@@ -585,8 +602,11 @@ def compile_loss(run, args):
         torch.compile(torch.neg)(y_l)  # fails at once where there is no C++ compiler or Triton
         loss, _ = compiled(run.model, x_l, y_l, x_u, torch.zeros((), device=x_l.device), args)
         loss.backward()
+        problem = None
     except Exception as error:  # of a dozen kinds
-        say(f"no torch.compile here, going on without it ({first_line(error)})")
+        problem = first_line(error)
+    if not all_ranks(problem is None, x_l.device):
+        say(f"no torch.compile here, going on without it ({problem or 'in another process'})")
         compiled = batch_loss
     run.model.load_state_dict(before)  # batch norm's statistics have moved
     run.optimizer.zero_grad()
@@ -609,12 +629,14 @@ def capture(run, args, inputs):
             group["capturable"] = True  # Adam insists; to a fused one it makes no difference
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             metrics = training_step(run, args, *static)
+        problem = None
     except RuntimeError as error:
-        say(f"no CUDA graph here, going on without it ({first_line(error)})")
+        problem = first_line(error.__context__ or error)  # the end of the capture fails as well
+    for group in groups:
+        group["capturable"] = False
+    if not all_ranks(problem is None, run.images.device):
+        say(f"no CUDA graph here, going on without it ({problem or 'in another process'})")
         return partial(training_step, run, args)
-    finally:
-        for group in groups:
-            group["capturable"] = False
 
     def replay(*inputs):
         torch._foreach_copy_(static, inputs)
@@ -667,10 +689,11 @@ def train_epoch(run, phase, epoch, args, estimate):
             shown = time.perf_counter()
             print(f"\r{phase} {epoch}: step {i + 1} of {steps}\033[K", end="", flush=True)
 
-    average_over_ranks(list(totals.values()))
+    finite = [tensor.isfinite().all() for tensor in run.average.state_dict().values()]
+    finite = torch.stack(finite).all().float()
+    average_over_ranks([finite, *totals.values()])
     means = {name: float(total) / steps for name, total in totals.items()}
-    weights_finite = all(t.isfinite().all() for t in run.average.state_dict().values())
-    if not math.isfinite(means["loss"]) or not weights_finite:
+    if not math.isfinite(means["loss"]) or finite < 1:
         raise FloatingPointError(
             f"loss or weights are not finite in {phase} epoch {epoch}; lower --lr"
         )
@@ -918,6 +941,8 @@ def prepare(args):
     given["images_crc32"] = 0
     for part in (x, y, x_scored, y_scored):
         given["images_crc32"] = zlib.crc32(part.numpy(), given["images_crc32"])
+    if share(given["images_crc32"]) != given["images_crc32"]:
+        raise ValueError(f"--data-dir {args.data_dir} has other images than process 0 has")
     if checkpoint and checkpoint["given"].get("images_crc32") != given["images_crc32"]:
         raise ValueError(
             f"--data-dir {args.data_dir} has other images than those {args.out} began with; give "
@@ -1146,7 +1171,7 @@ def main(argv=None):
     """
     args = parse_args(argv)
     launcher = ["python"]
-    if dist.is_torchelastic_launched():
+    if by_torchrun():
         nodes, per_node = os.environ["GROUP_WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
         launcher = ["torchrun", "--nnodes", nodes, "--nproc-per-node", per_node]
     options = sys.argv[1:] if argv is None else argv
@@ -1167,9 +1192,9 @@ def main(argv=None):
         leave(code, "stopped; the same command goes on after the last finished epoch")
     except (RuntimeError, MemoryError) as error:
         message = str(error).lower()
-        if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in message):
-            leave(1, "error: another process has ended; the same command goes on after the last "
-                  "finished epoch")  # fmt: skip
+        if ranks()[1] > 1 and (isinstance(error, dist.DistError) or "gloo" in message):
+            leave(1, "error: another process has ended, or cannot be reached; the same command "
+                  f"goes on after the last finished epoch ({first_line(error)})")  # fmt: skip
         if isinstance(error, RuntimeError) and not ("memory" in message or "alloc" in message):
             raise
         leave(1, "error: out of memory on the device; lower --batch-size or --width")
@@ -1181,7 +1206,8 @@ def main(argv=None):
         if run and run.result is None and run.lock:
             run.lock.close()
     say(f"\n{tables(result)}\n\nmodel.pt, result.json, metrics.csv, selection.png: in {run.out}")
-    if dist.is_initialized():
+    if by_torchrun() and dist.is_initialized():
+        run.replay = None  # NCCL waits for graphs that hold its exchanges (PyTorch's issue 115388)
         dist.destroy_process_group()
     return result
 

@@ -1554,13 +1554,15 @@ def test_tensorboard(few_images, tmp_path):
 
 @needs_cuda
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_whole_run_on_cuda(script, few_images, tmp_path):
+def test_whole_run_on_cuda(script, few_images, tmp_path, capsys):
     for compiled in ("--compile", "--no-compile"):
         out = tmp_path / compiled
         result = script.main(
             [*SMALL.split(), "--device", "cuda", compiled, "--table2-eps", "1", "--out", str(out)]
         )
         assert result["peak_memory_gib"] > 0
+        output = capsys.readouterr().out
+        assert "going on without it" not in output  # compiled and captured, if so asked
 
 
 @needs_cuda

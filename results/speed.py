@@ -78,7 +78,7 @@ def forever(loader):
 def plain_step(args, x, y, labeled, unlabeled, device):
     """FixMatch's step as it is usually written; returns a function of nothing."""
     options = {"shuffle": True, "num_workers": args.workers, "drop_last": True}
-    options |= {"persistent_workers": True, "pin_memory": device.type == "cuda"}
+    options |= {"persistent_workers": True}
     labeled_set = PlainImages(x[labeled], y[labeled], True)
     unlabeled_set = PlainImages(x[unlabeled], y[unlabeled], False)
     batches_l = forever(DataLoader(labeled_set, args.batch_size, **options))
