@@ -90,6 +90,10 @@ def parse_args(argv=None):
     add("--select", default="fgsm", choices=["fgsm", "none", "confidence"], help="what is added "
         "to the labeled set: images that withstand FGSM (SCAR), none (the control), or the most "
         "confident ones, as many as withstand FGSM")  # fmt: skip
+    add("--reselect", type=int, default=0, metavar="N", help="select again after every N epochs of "
+        "fine-tuning, with the averaged model of the moment; 0: once, with theta~")  # fmt: skip
+    add("--true-share", type=float, metavar="SHARE", help="of true labels in a labeled batch of "
+        "fine-tuning; None: as many as come, drawn from all labels alike")  # fmt: skip
     add("--table2-eps", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.0, 6.0], metavar="EPS",
         help="the rows of Table 2")  # fmt: skip
     add("--pretrained", metavar="PATH", help="start at the selection, from this pretrain.pt")
@@ -117,6 +121,11 @@ def parse_args(argv=None):
         (0 < args.threshold <= 1, "--threshold must be above 0 and at most 1"),
         (0 <= args.eps <= 255, "--eps is in units of 1/255 and must be between 0 and 255"),
         (all(0 <= eps <= 255 for eps in args.table2_eps), "--table2-eps must be between 0 and 255"),
+        (args.reselect >= 0, "--reselect must be at least 0"),
+        (
+            args.true_share is None or 0 < args.true_share <= 1,
+            "--true-share must be above 0 and at most 1",
+        ),
         (args.pretrained != "", "--pretrained needs the path of a pretrain.pt"),
     ]:
         if not fine:
@@ -564,6 +573,25 @@ def draw_batches(pool, count, size, generator):
     return pool[order.flatten()[: count * size]].view(count, size)
 
 
+def draw_labeled(run, steps, args, generator):
+    """int64 [steps, batch size] out of the images that have a label, true or by selection.
+
+    With --true-share that share of each batch has true labels, as long as there are others.
+    """
+    known = torch.nonzero(run.labels >= 0).squeeze(1)
+    selected = known[~torch.isin(known, run.labeled)]
+    if args.true_share is None or len(selected) == 0:
+        return draw_batches(known, steps, args.batch_size, generator)
+    true = round(args.true_share * args.batch_size)
+    return torch.cat(
+        [
+            draw_batches(run.labeled, steps, true, generator),
+            draw_batches(selected, steps, args.batch_size - true, generator),
+        ],
+        dim=1,
+    )
+
+
 def time_mark(device):
     """A moment in the device's time, which nothing waits for: an event on CUDA, else seconds."""
     if device.type != "cuda":
@@ -654,6 +682,10 @@ def train_epoch(run, phase, epoch, args, estimate):
     """
     device, steps, started = run.images.device, args.steps_per_epoch, time.perf_counter()
     rank, count = ranks()
+    if phase == "finetune" and args.reselect and epoch > 1 and (epoch - 1) % args.reselect == 0:
+        if rank == 0:
+            add_labels(run, args)
+        run.labels.copy_(share(run.labels.cpu()))
     seeds = (
         np.random.SeedSequence([args.seed, PHASES.index(phase), epoch]).generate_state(2).tolist()
     )
@@ -661,8 +693,7 @@ def train_epoch(run, phase, epoch, args, estimate):
     # batches have a generator of their own, so that a larger labeled set moves no augmentation
     generator = torch.Generator(device).manual_seed(seeds[1])
     batches_u = draw_batches(run.unlabeled, steps, unlabeled_batch_size(args), generator)
-    labeled = torch.nonzero(run.labels >= 0).squeeze(1)
-    batches_l = draw_batches(labeled, steps, args.batch_size, generator)
+    batches_l = draw_labeled(run, steps, args, generator)
     # every process draws the whole batches and takes its share
     batches_l, batches_u = batches_l[:, rank::count], batches_u[:, rank::count]
     first = (epoch - 1) * steps
@@ -986,6 +1017,7 @@ def prepare(args):
         images=x.to(device),  # uint8 [N, 3, 32, 32]
         true_labels=y.to(device),  # int64 [N], for the report alone
         labels=labels.to(device),  # int64 [N], what training knows: -1 where it does not
+        labeled=labeled.to(device),  # int64 [L], whose true labels training knows
         unlabeled=unlabeled.to(device),  # int64 [U], the unlabeled pool
         scored=(x_scored.to(device), y_scored.to(device)),
         model=model,
@@ -1044,6 +1076,30 @@ def announce(run, args):
     say(f"  folder     {run.out} ({state})")
 
 
+def add_labels(run, args):
+    """Labels the unlabeled images that --select chooses with run.average as it is, and no others.
+
+    Changes run.labels. Returns (keep, pseudo, stats): see select_clean and selection_stats.
+    """
+    x, y = run.images[run.unlabeled], run.true_labels[run.unlabeled]
+    if args.select == "none":
+        pseudo = predict(run.average, x)
+        keep = torch.zeros_like(pseudo, dtype=torch.bool)
+    else:
+        keep, pseudo = select_clean(run.average, x, args.eps / 255)
+    if args.select == "confidence":
+        keep = select_confident(run.average, x, int(keep.sum()))
+    run.labels[run.unlabeled] = torch.where(keep, pseudo, -1)
+    stats = selection_stats(keep, pseudo, y)
+    share_kept = 100 * stats["kept"] / len(x)
+    right = f"{stats['kept_correct']:,} of them right ({stats['sensitivity']:.2f} %)"
+    added = (
+        f"{stats['kept']:,} images ({share_kept:.2f} %), {right}" if stats["kept"] else "nothing"
+    )
+    say(f"  {args.select} adds {added}")
+    return keep, pseudo, stats
+
+
 def select(run, args):
     """Between the phases: scores theta~, which is run.average, and labels the images to be added.
 
@@ -1058,27 +1114,16 @@ def select(run, args):
         found["table2"].append({"eps": eps, **stats})
         say(f"  eps {eps:g}: kept {stats['kept']:,}, {stats['kept_correct']:,} of them right")
 
-    x, y = run.images[run.unlabeled], run.true_labels[run.unlabeled]
-    if args.select == "none":
-        pseudo = predict(run.average, x)
-        keep = torch.zeros_like(pseudo, dtype=torch.bool)
-    else:
-        say(f"theta~ attacked on the {len(x):,} unlabeled images")
-        keep, pseudo = select_clean(run.average, x, args.eps / 255)
-    if args.select == "confidence":
-        keep = select_confident(run.average, x, int(keep.sum()))
-    stats = selection_stats(keep, pseudo, y)
-    share = 100 * stats["kept"] / len(x)
-    right = f"{stats['kept_correct']:,} of them right ({stats['sensitivity']:.2f} %)"
-    added = f"{stats['kept']:,} images ({share:.2f} %), {right}" if stats["kept"] else "nothing"
-    say(f"  {args.select} adds {added}")
+    if args.select != "none":
+        say(f"theta~ attacked on the {len(run.unlabeled):,} unlabeled images")
+    keep, pseudo, stats = add_labels(run, args)
     found["selection"] = {
-        "unlabeled": len(x),
+        "unlabeled": len(keep),
         **{name: stats[name] for name in ("kept", "kept_correct", "rejected", "rejected_wrong")},
         "kept_per_class": torch.bincount(pseudo[keep], minlength=int(y.max()) + 1).tolist(),
     }
+    x, y = run.images[run.unlabeled], run.true_labels[run.unlabeled]
     save_selection(run.out / "selection.png", x, keep, pseudo, y)
-    run.labels[run.unlabeled[keep]] = pseudo[keep]
     return {**found, "seconds": time.perf_counter() - started}
 
 

@@ -1442,6 +1442,69 @@ def test_resuming_with_other_images_is_refused(script, few_images, tmp_path, mon
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_true_share_of_labeled_batches(script, few_images, tmp_path):
+    """In fine-tuning every batch has its share; while nothing is selected, all labels are true."""
+    args = script.parse_args(
+        [
+            *SMALL.split(),
+            "--batch-size",
+            "10",
+            "--true-share",
+            "0.3",
+            "--out",
+            str(tmp_path / "run"),
+        ]
+    )
+    run = script.prepare(args)
+    true = torch.zeros(300, dtype=torch.bool)
+    true[run.labeled] = True
+
+    def shares():
+        batches = script.draw_labeled(run, 50, args, torch.Generator().manual_seed(0))
+        assert batches.shape == (50, 10) and (run.labels[batches] >= 0).all()
+        return true[batches].sum(1)
+
+    assert (shares() == 10).all()
+    run.labels[run.unlabeled[:90]] = 0
+    assert (shares() == 3).all()
+    args.true_share = 1.0
+    assert (shares() == 10).all()
+    args.true_share = None
+    assert 4 < shares().float().mean() < 6.5 and len(shares().unique()) > 3  # 100 of 190
+    run.lock.close()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_reselect_labels_with_the_model_of_the_moment(
+    script, few_images, tmp_path, monkeypatch, capsys
+):
+    seen, train_epoch = [], script.train_epoch
+
+    def spy(run, phase, epoch, args, estimate):
+        if phase == "finetune":
+            keep, pseudo = script.select_clean(
+                run.average, run.images[run.unlabeled], args.eps / 255
+            )
+        row = train_epoch(run, phase, epoch, args, estimate)
+        if phase == "finetune":
+            labels = torch.where(keep, pseudo, -1)
+            seen.append((labels, run.labels[run.unlabeled].clone()))
+            assert torch.equal(run.labels[run.labeled], run.true_labels[run.labeled])
+        return row
+
+    monkeypatch.setattr(script, "train_epoch", spy)
+    options = ["--epochs", "5", "--reselect", "2", "--lr", "0.02", "--table2-eps", "1"]
+    script.main([*SMALL.split(), *options, "--out", str(tmp_path / "run")])
+    for epoch, (of_the_moment, used) in enumerate(seen, start=1):
+        if epoch in (1, 3, 5):
+            assert torch.equal(used, of_the_moment)
+        else:
+            assert torch.equal(used, seen[epoch - 2][1])
+    assert not torch.equal(seen[0][1], seen[2][1])
+    assert capsys.readouterr().out.count("  fgsm adds ") == 3
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_labels_of_unlabeled_images_are_not_used(script, images, few_images, tmp_path, monkeypatch):
     """With other true labels on the unlabeled images, theta~ and the final model are the same."""
     x_train, y_train, x_test, y_test = few_images
@@ -2586,7 +2649,7 @@ def test_run_all_killed_and_given_again(tmp_path):
     data, out = tmp_path / "few", tmp_path / "runs"
     write_folder(data)
     variables = {"SEEDS": "0", "EPOCHS": "2", "DATA": "folder", "OMP_NUM_THREADS": "1"}
-    variables |= {"DATA_DIR": str(data), "OUT": str(out), "METHODS": "mixmatch vat"}
+    variables |= {"DATA_DIR": str(data), "OUT": str(out), "METHODS": "mixmatch"}
     options = "--num-labeled 2 --depth 10 --width 1 --batch-size 2 --steps-per-epoch 2".split()
     options += ["--table2-eps", "1"]
     environment = {**os.environ, "PYTHON": sys.executable, **variables}
@@ -2604,16 +2667,13 @@ def test_run_all_killed_and_given_again(tmp_path):
     code, text, error = run_all(*options, **variables)
     assert (code, error) == (0, "") and "going on after pretrain epoch" in text
     assert {path.parent.name for path in out.glob("*/result.json")} == {
-        f"{method}__few__{select}-eps{eps}__seed0"
-        for method, eps in (("mixmatch", 1), ("vat", 6))
-        for select in ("fgsm", "none")
+        f"mixmatch__few__{select}-eps1__seed0" for select in ("fgsm", "none")
     }
     tables = (out / "tables.md").read_text()
-    for method in ("MixMatch", "VAT"):
-        assert cells(tables, f"{method} + nothing (control)")[1].endswith("(n = 1)")
+    assert cells(tables, "MixMatch + nothing (control)")[1].endswith("(n = 1)")
     assert tables.rstrip() in text
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/*")}
-    code, text, _ = run_all(*options, **{**variables, "METHODS": "mixmatch"})
+    code, text, _ = run_all(*options, **variables)
     assert code == 0 and tables.rstrip() in text and "finetune     1" not in text
     assert before == {path: path.stat().st_mtime_ns for path in out.glob("*/*")}
 
