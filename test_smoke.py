@@ -1114,6 +1114,18 @@ def test_augmentations_compile_as_one_graph(script, images):
         assert torch.equal(*views)
 
 
+def test_speed_measures_variants_in_turns(monkeypatch, capsys):
+    """results/speed.py, from which the README has its table."""
+    monkeypatch.setattr(sys, "path", [str(HERE / "results"), *sys.path])
+    options = "--variants plain,split,joint --depth 10 --width 1 --batch-size 2 --mu 1 --steps 1"
+    monkeypatch.setattr(sys, "argv", ["speed.py", *options.split(), "--workers", "1"])
+    monkeypatch.setattr(fixmatch_scar, "to_float", fixmatch_scar.to_float)  # which it replaces
+    __import__("speed").main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "| " in line]
+    assert [row[0].strip("| ") for row in rows] == ["variant", "plain", "split", "joint"]
+    assert rows[1][3].strip("| ") == "1.00" and all(float(row[1]) > 0 for row in rows[1:])
+
+
 @needs_cuda
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_step_on_cuda_captured_and_without_waiting(script, images):
