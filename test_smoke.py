@@ -2017,6 +2017,7 @@ def test_runs_go_on_with_another_number_of_ranks(two_ranks, few_images):
 
 def rank_1_dies(root):
     """A run whose process 1 is killed in the second epoch, the first time."""
+    signal.signal(signal.SIGTERM, vat_scar.stop)
     with pytest.MonkeyPatch.context() as patch:
         see_few_images(patch)
         original, calls = vat_scar.training_step, []
@@ -2037,7 +2038,9 @@ def test_a_killed_rank_ends_the_others_and_restarts_go_on(tmp_path):
     done = torchrun(f"rank_1_dies({str(tmp_path)!r})", "--max-restarts", "1")
     assert done.returncode == 0, done.stderr
     assert time.time() - started < 120
-    assert "error: another process has ended" in done.stderr
+    # process 0 hears of it from its connection, or from torchrun, whichever comes first
+    sentences = "error: another process has ended", "stopped; the same command goes on"
+    assert any(sentence in done.stderr for sentence in sentences)
     assert "going on after pretrain epoch 1" in done.stdout
     assert [row["epoch"] for row in read_rows(tmp_path / "run")] == list("1212")
 
