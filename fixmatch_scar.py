@@ -967,7 +967,7 @@ def prepare(args):
     if rank > 0:
         dist.barrier()  # until process 0 has downloaded what was missing
     x, y, x_scored, y_scored = load_images(args.data, args.data_dir)
-    if rank == 0 < count - 1:
+    if rank == 0 and count > 1:
         dist.barrier()
     given["images_crc32"] = 0
     for part in (x, y, x_scored, y_scored):
