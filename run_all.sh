@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
-# Table 1 and Table 2: for every method and seed a SCAR run and, from its pretraining, the control.
+# Table 1 and Table 2: for every method and seed a SCAR run and, from its pretraining, the controls.
 #
 #   bash run_all.sh                               the paper's runs, three seeds, one after the other
 #   GPUS="0 1 2 3" bash run_all.sh                the same, one run at a time on each of these GPUs
 #   SEEDS=0 EPOCHS=50 OUT=runs/short bash run_all.sh --width 1      options go to every script
+#   CONTROLS="none confidence eps0" bash run_all.sh                 more rows for Table 1
+#   TAG=lambda75 METHODS=mixmatch bash run_all.sh --lambda-u 75     beside the runs without it
 #   METHODS= OUT=results/table1 bash run_all.sh   the tables alone, from OUT/*/result.json
 #
-# Stopped and given again, it goes on where it was. The tables are printed and kept in OUT/tables.md.
-# Exit code 0: done; 1: a run failed, or a result.json is damaged or missing; 2: refused; 130, 143:
-# stopped.
+# Stopped and given again, it goes on where it was. The tables are printed and kept in
+# OUT/tables.md. Exit code 0: done; 1: a run failed, or a result.json is damaged or missing;
+# 2: refused; 130, 143: stopped.
 
 set -u
 export LC_ALL=C
 SEEDS=${SEEDS-0 1 2} EPOCHS=${EPOCHS-200} DATA=${DATA-cifar10} DATA_DIR=${DATA_DIR-data}
 OUT=${OUT-runs} GPUS=${GPUS-} METHODS=${METHODS-vat mixmatch fixmatch} PYTHON=${PYTHON-python}
+CONTROLS=${CONTROLS-none} TAG=${TAG-}
 here=$(cd "$(dirname "$0")" && pwd)
 
 refuse() {
@@ -36,6 +39,15 @@ for method in $METHODS; do
         *) refuse "METHODS: there is no method '$method'; choose from vat, mixmatch, fixmatch" ;;
     esac
 done
+for control in $CONTROLS; do
+    case $control in
+        none | confidence | eps0) ;;
+        *) refuse "CONTROLS: there is no '$control'; choose from none, confidence, eps0" ;;
+    esac
+done
+case $TAG in
+    *[!A-Za-z0-9._-]*) refuse "TAG=$TAG: it ends the run folders' names; use letters, digits and ._-" ;;
+esac
 
 given_eps=
 previous=
@@ -93,23 +105,31 @@ run() { # method seed select [option ...], in the background, so that a signal c
     wait "$child"
 }
 
-folder() { # method seed select: the script's own default, in OUT
+folder() { # method seed select: the script's own default, in OUT, with TAG behind it
     local name=$DATA eps=$given_eps
     [ "$DATA" != folder ] || name=$(basename "$(realpath -m "$DATA_DIR")")
     [ -n "$eps" ] || { [ "$1" = vat ] && eps=6 || eps=1; }
-    echo "$OUT/$1__${name}__$3-eps$(printf %g "$eps" 2> /dev/null)__seed$2"
+    echo "$OUT/$1__${name}__$3-eps$(printf %g "$eps" 2> /dev/null)__seed$2${TAG:+__$TAG}"
 }
 
-both() { # method seed [option ...]: SCAR, then the control from the same pretraining
-    local method=$1 seed=$2
+rows() { # method seed [option ...]: SCAR, then the controls from the same pretraining
+    local method=$1 seed=$2 code=0 control theta
     shift 2
+    theta=$(folder "$method" "$seed" fgsm)/pretrain.pt
     child=
     trap '[ -z "$child" ] || { kill "$child" 2> /dev/null; wait "$child"; }; exit 143' TERM
     echo "== $method, seed $seed, SCAR"
     run "$method" "$seed" fgsm "$@" || return 1
-    echo "== $method, seed $seed, control"
-    run "$method" "$seed" none --table2-eps 1 "$@" \
-        --pretrained "$(folder "$method" "$seed" fgsm)/pretrain.pt" || return 2
+    for control in $CONTROLS; do
+        echo "== $method, seed $seed, control: $control"
+        case $control in
+            eps0) given_eps=0 run "$method" "$seed" fgsm --table2-eps 1 "$@" --eps 0 \
+                --pretrained "$theta" || code=2 ;;
+            *) run "$method" "$seed" "$control" --table2-eps 1 "$@" \
+                --pretrained "$theta" || code=2 ;;
+        esac
+    done
+    return "$code"
 }
 
 stop() {
@@ -136,11 +156,11 @@ for seed in $SEEDS; do
         (
             [ -z "$gpu" ] || export CUDA_VISIBLE_DEVICES=$gpu
             if [ "$gpu_count" -gt 1 ]; then
-                log=$OUT/${method}__seed$seed.log
+                log=$OUT/${method}__seed$seed${TAG:+__$TAG}.log
                 echo "$method, seed $seed: on GPU $gpu, output in $log"
                 exec >> "$log" 2>&1
             fi
-            both "$method" "$seed" "$@"
+            rows "$method" "$seed" "$@"
             code=$?
             echo "$gpu" >&3
             exit "$code"
@@ -155,8 +175,8 @@ for job in ${jobs[@]+"${jobs[@]}"}; do
     wait "$pid"
     case $? in
         0) ;;
-        2) failed+=("the control of $method, seed $seed") ;;
-        *) failed+=("$method, seed $seed (so its control was not run)") ;;
+        2) failed+=("a control of $method, seed $seed") ;;
+        *) failed+=("$method, seed $seed (so its controls were not run)") ;;
     esac
 done
 
@@ -181,12 +201,14 @@ PAPER = {  # name, accuracy without and with SCAR; by eps: sensitivity, specific
     "mixmatch": ("MixMatch", "89.99", "92.99", {1: ("98.91 (6054/6124)", "24.13 (936/3879)")}),
     "fixmatch": ("FixMatch", "94.13", "95.17", {1: ("99.59 (6385/6411)", "15.63 (561/3589)")}),
 }
-TITLE = ("num_labeled", "depth", "width", "epochs", "steps_per_epoch", "batch_size")
+TITLE = ("num_labeled", "depth", "width", "epochs", "steps_per_epoch", "batch_size", "val")
 # What runs of one mean may differ in: the seed, what changes no result, and what is a row's own.
 FREE = {"seed", "out", "data_dir", "device", "compile", "tensorboard", "pretrained", "table2_eps",
-        "select", "eps", "val"}
-ROWS = {"fgsm": "SCAR (eps {:g})", "none": "nothing (control)",
-        "confidence": "the most confident (as many as eps {:g} keeps)"}
+        "select", "eps", "reselect", "true_share"}
+ROWS = {"fgsm": "SCAR (eps {})", "none": "nothing (control)",
+        "confidence": "the most confident (as many as eps {} keeps)"}
+ORDER = list(ROWS)
+UNUSED = {"reselect": 0, "true_share": None}  # named in a row where they are used
 
 
 def read(path):
@@ -202,17 +224,21 @@ def read(path):
         not 0 <= part <= whole for counts in table2.values() for part, whole in counts
     ):
         raise ValueError
-    what = ROWS[select].format(eps) if eps or select != "fgsm" else "every pseudo-label (eps 0)"
+    what = "every pseudo-label (eps {})" if (select, eps) == ("fgsm", 0) else ROWS[select]
+    used = [f", {name} {args[name]}" for name in UNUSED
+            if name in args and args[name] != UNUSED[name]]
+    added = run["selection"]
     settings = {name: str(args[name]) for name in args.keys() - FREE - set(TITLE)}
     return {
         "method": str(run["method"]), "name": PAPER[run["method"]][0], "seed": int(run["seed"]),
-        "scored_on": str(run["scored_on"]), "table2": table2,
+        "table2": table2, "added": (int(added["kept_correct"]), int(added["kept"])),
         "folder": path.parent.name, "theta": theta or path.parent.name,
         "before": accuracies[0], "after": accuracies[1],
         "title": (str(run["data"]), *(int(args[name]) for name in TITLE)),
         "settings": {**settings, "ranks": str(run["ranks"])},
-        "row": (select, -1.0 if select == "none" else eps, what),
+        "row": (select, -1.0 if select == "none" else eps, what.format(f"{eps:g}{''.join(used)}")),
         "where": f"{run['device']}, torch {run['versions']['torch']}",
+        "hours": float(run["seconds"]) / 3600,
     }
 
 
@@ -243,8 +269,8 @@ def table1(runs, label):
     _, paper_before, paper_after, _ = PAPER[runs[0]["method"]]
     thetas = {run["seed"]: run["before"] for run in runs if run["theta"] == run["folder"]}
     control = {run["theta"]: run["after"] for run in runs if run["row"][0] == "none"}
-    rows = [[label, paper_before, spread(list(thetas.values())), "", ""]] if thetas else []
-    for row in sorted({run["row"] for run in runs}):
+    rows = [[label, paper_before, spread(list(thetas.values())), "", "", ""]] if thetas else []
+    for row in sorted({run["row"] for run in runs}, key=lambda row: (ORDER.index(row[0]), row)):
         those = [run for run in runs if run["row"] == row]
         scar = row[0] == "fgsm" and row[1] > 0
         over = [run["after"] - control[run["theta"]] for run in those if run["theta"] in control]
@@ -254,6 +280,7 @@ def table1(runs, label):
             spread([run["after"] for run in those]),
             spread([run["after"] - run["before"] for run in those], "+"),
             "" if row[0] == "none" else spread(over, "+"),
+            "" if row[0] == "none" else rate([run["added"] for run in those]),
         ])
     return rows
 
@@ -281,11 +308,9 @@ for path in sorted(out.glob("*/result.json")):
 origins, kept = {}, []
 for run in sorted(runs, key=lambda run: run["theta"] != run["folder"]):
     origin = run if run["theta"] == run["folder"] else origins.get(run["theta"])
-    if run["scored_on"] != "test":
-        left_out.append(f"{run['folder']} (scored on {run['scored_on']} images)")
-        continue
     if origin is None:
-        left_out.append(f"{run['folder']} (its pretraining, {run['theta']}, is not counted in {out})")
+        left_out.append(
+            f"{run['folder']} (its pretraining, {run['theta']}, is not counted in {out})")
         continue
     other = {f"theta~ {name}": value for name, value in origin["settings"].items()
              if run["settings"].get(name) != value}
@@ -303,10 +328,11 @@ for run in sorted(runs, key=lambda run: run["theta"] != run["folder"]):
 
 lines = []
 for title in sorted({run["title"] for run in kept}):
-    data, labels, depth, width, epochs, steps, batch = title
-    first = [["Table 1: test accuracy (%)", "paper", "ours", "gain over pretraining",
-              "gain over control"]]
-    second = [["Table 2: theta~ on the test images (%)", "sensitivity, paper",
+    data, labels, depth, width, epochs, steps, batch, val = title
+    scored = "validation" if val else "test"
+    first = [[f"Table 1: {scored} accuracy (%)", "paper", "ours", "gain over pretraining",
+              "gain over control", "labels added, right (%)"]]
+    second = [[f"Table 2: theta~ on the {scored} images (%)", "sensitivity, paper",
                "specificity, paper", "sensitivity, ours", "specificity, ours"]]
     notes = []
     for method, (name, *_) in PAPER.items():
@@ -323,9 +349,13 @@ for title in sorted({run["title"] for run in kept}):
             seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in those}))
             notes.append(f"- {label}: {settings}; seeds {seeds}")
     where = sorted({run["where"] for run in kept if run["title"] == title})
-    lines += [f"## {data}, {labels} labels, WRN-{depth}-{width}, {epochs} + {epochs} epochs of "
-              f"{steps} steps, batch {batch}", "", *markdown(*first), *markdown(*second),
-              *notes, f"- run on {'; '.join(where)}", ""]
+    hours = sum(run["hours"] for run in kept if run["title"] == title)
+    head = (f"## {data}, {labels} labels, WRN-{depth}-{width}, {epochs} + {epochs} epochs of "
+            f"{steps} steps, batch {batch}")
+    if val:
+        head += f", scored on {val} validation images"
+    lines += [head, "", *markdown(*first), *markdown(*second), *notes,
+              f"- run on {'; '.join(where)}; {hours:.1f} hours, one run after the other", ""]
 if left_out:
     lines += [f"Left out: {'; '.join(left_out)}.", ""]
 if kept:
@@ -335,7 +365,7 @@ if kept:
     partial.write_text(text)
     os.replace(partial, out / "tables.md")
 else:
-    unreadable.append(f"there is no finished run on test images in {out}")
+    unreadable.append(f"there is no finished run in {out}")
 for sentence in unreadable:
     print(f"error: {sentence}", file=sys.stderr)
 sys.exit(1 if unreadable else 0)

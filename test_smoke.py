@@ -1619,6 +1619,37 @@ def test_validation_images_come_from_the_unlabeled_pool(few_images, tmp_path):
     assert sum(result["table2"][0][name] for name in ("kept", "rejected")) == 50
 
 
+def test_mcnemar(few_images, tmp_path, monkeypatch, capsys):
+    """results/mcnemar.py: what only one model gets right, on the images its run was scored on."""
+    monkeypatch.setattr(sys, "path", [str(HERE / "results"), *sys.path])
+    mcnemar = __import__("mcnemar")
+    monkeypatch.setattr(mcnemar, "load_images", lambda data, data_dir: few_images)
+    first, other = (
+        torch.tensor([1] * a + [0] * b, dtype=torch.bool) for a, b in ((6, 19), (0, 25))
+    )
+    other[6:15] = True
+    assert mcnemar.compare(first, other) == (6, 9, 12.0, 3 / 15**0.5)
+    assert mcnemar.compare(first, first) == (0, 0, 0.0, 0.0)
+
+    out = tmp_path / "run"
+    options = [*SMALL.split(), "--epochs", "3", "--steps-per-epoch", "20", "--table2-eps", "6"]
+    result = vat_scar.main([*options, "--val", "50", "--out", str(out)])
+    constant = torch.load(out / "pretrain.pt")
+    constant["linear.bias"][3] = 1e6  # right on the 5 images of class 3
+    torch.save(constant, out / "constant.pt")
+    mcnemar.main([f"{out}/model.pt", f"{out}/constant.pt"])
+    final, other = capsys.readouterr().out.splitlines()[-2:]
+    assert f"{out}/model.pt: {result['final_accuracy']:.2f} % of 50 images" == final
+    assert result["final_accuracy"] != 10
+    assert f": {10 - result['final_accuracy']:+.2f} points, " in other
+
+    tested = tmp_path / "tested"
+    vat_scar.main([*options, "--epochs", "1", "--steps-per-epoch", "1", "--out", str(tested)])
+    for model in (tested / "model.pt", tmp_path / "model.pt"):
+        with pytest.raises(SystemExit, match="scored on other images|No such file"):
+            mcnemar.main([f"{out}/model.pt", str(model)])
+
+
 def test_tensorboard(few_images, tmp_path):
     pytest.importorskip("tensorboard")
     fixmatch_scar.main(
@@ -2411,6 +2442,8 @@ def write_result(root, method, select, seed, before, after, pretrained=None, eps
         "seed": seed,
         "pretrain_accuracy": before,
         "final_accuracy": after,
+        "selection": {"kept": 0 if select == "none" else 40000, "kept_correct": 30000 + seed},
+        "seconds": 1800.0,
         "table2": [
             {
                 "eps": given,
@@ -2453,7 +2486,9 @@ def test_tables_of_known_results(tmp_path):
     lonely = fixmatch("fgsm", 0, 10, 11, lambda_u=2.0).parent.name
     fixmatch("none", 0, 10, 12, lonely, lambda_u=2.0, lr=0.5)
     fixmatch("fgsm", 0, 20, 21, epochs=3)
-    fixmatch("fgsm", 0, 30, 31, val=100)
+    tuned = fixmatch("fgsm", 0, 30, 31, val=100).parent.name
+    fixmatch("fgsm", 0, 30, 33, tuned, val=100, reselect=2, true_share=0.25)
+    fixmatch("none", 0, 30, 35, tuned, val=100)
     twin = fixmatch("fgsm", 0, 40, 41).parent.name  # a second run of seed 0
     fixmatch("none", 0, 40, 42, twin)
     for number, other in enumerate(({"precision": "bf16"}, {"weight_decay": 0.1}, {"mu": 3})):
@@ -2463,26 +2498,37 @@ def test_tables_of_known_results(tmp_path):
     assert code == 0 and error == ""
     assert whole == (tmp_path / "tables.md").read_text() + "\n"
 
-    short, text = sorted(whole.split("\n## "), key=lambda part: "200 + 200" in part)
+    short, text, tried = sorted(
+        whole.split("\n## "), key=lambda part: ("200 + 200" in part, "validation" in part)
+    )
     assert cells(short, "FixMatch")[1] == "20.00 (n = 1)"
+    assert "batch 64, scored on 100 validation images\n" in tried
+    assert "test accuracy" not in tried and "the test images" not in tried
+    assert "; 1.5 hours" in tried
+    assert cells(tried, "FixMatch + SCAR (eps 1, reselect 2, true_share 0.25)") == [
+        "95.17", "33.00 (n = 1)", "+3.00 (n = 1)", "-2.00 (n = 1)", "75.00 (30000/40000)"
+    ]  # fmt: skip
     usual = "lambda_u 1.0, lr 0.03, mu 7, precision auto, {}weight_decay 0.0005"
     name = f"FixMatch, {usual.format('')}"
-    assert cells(text, name) == ["94.13", "82.00 ± 2.00 (n = 3)", "", ""]
+    assert cells(text, name) == ["94.13", "82.00 ± 2.00 (n = 3)", "", "", ""]
     assert cells(text, f"{name} + SCAR (eps 1)") == [
-        "95.17", "85.00 ± 2.65 (n = 3)", "+3.00 ± 1.00 (n = 3)", "+2.00 ± 2.65 (n = 3)"
+        "95.17", "85.00 ± 2.65 (n = 3)", "+3.00 ± 1.00 (n = 3)", "+2.00 ± 2.65 (n = 3)",
+        "75.00 ± 0.00 (n = 3), on average 30001.0/40000.0",
     ]  # fmt: skip
     assert cells(text, f"{name} + SCAR (eps 2)")[1] == "86.00 ± 2.65 (n = 3)"
     assert cells(text, f"{name} + nothing (control)") == [
-        "", "83.00 ± 1.00 (n = 3)", "+0.99 ± 1.73 (n = 3)", ""
+        "", "83.00 ± 1.00 (n = 3)", "+0.99 ± 1.73 (n = 3)", "", ""
     ]  # fmt: skip
     other = name.replace("lambda_u 1.0", "lambda_u 2.0")
     assert cells(text, f"{other} + SCAR (eps 1)") == [
-        "95.17", "11.00 (n = 1)", "+1.00 (n = 1)", "-"
+        "95.17", "11.00 (n = 1)", "+1.00 (n = 1)", "-", "75.00 (30000/40000)"
     ]  # fmt: skip
     other = other.replace("lr 0.03", "lr 0.5").replace("weight", "theta~ lr 0.03, weight")
     assert cells(text, f"{other} + nothing (control)")[1] == "12.00 (n = 1)"
     assert all(f"{before}.00 (n = 1)" in text for before in (50, 51, 52))
-    assert cells(text, "VAT + SCAR (eps 6)") == ["86.79", "86.25 (n = 1)", "+0.75 (n = 1)", "-"]
+    assert cells(text, "VAT + SCAR (eps 6)")[:4] == [
+        "86.79", "86.25 (n = 1)", "+0.75 (n = 1)", "-"
+    ]  # fmt: skip
     assert cells(text, "VAT (eps 1)") == [
         "92.22 (7587/8227)", "47.10 (835/1773)", "93.75 (7500/8000)", "25.00 (500/2000)"
     ]  # fmt: skip
@@ -2494,8 +2540,8 @@ def test_tables_of_known_results(tmp_path):
     assert "- VAT: " in text and "vat_eps 3.0, " in text and "; seeds 5\n" in text
     assert "(its pretraining, elsewhere, is not counted in " in whole
     assert f"(its pretraining, {twin}, is not counted in " in whole
-    assert "scored on validation images" in whole and "the same run as run00" in whole
-    assert not any(f"{number}.00" in whole for number in (30, 40, 42))
+    assert "the same run as run00" in whole
+    assert not any(f"{number}.00" in whole for number in (40, 42))
 
 
 @pytest.mark.parametrize(
@@ -2509,7 +2555,7 @@ def test_tables_of_known_results(tmp_path):
         lambda text: text.replace('"kept": 8000', '"kept": null'),
         lambda text: text.replace('"kept": 8000', '"kept": 10'),
         lambda text: text.replace('"select": "fgsm"', '"select": "fgms"'),
-        lambda text: text.replace('"scored_on"', '"scored"'),
+        lambda text: text.replace('"selection"', '"selected"'),
         lambda text: text.replace('"seed": 1, "pre', '"pre'),
         lambda text: text.replace('"method": "mix', '"method": "re'),
     ],
@@ -2562,6 +2608,8 @@ def test_readme_has_the_tables_of_the_results(folder, tmp_path):
         ({"METHODS": "vat fixmach"}, [], "no method 'fixmach'"),
         ({"DATA": "cifar100"}, [], "DATA=cifar100"),
         ({"SEEDS": "0 one"}, [], "not 'one'"),
+        ({"CONTROLS": "none eps1"}, [], "no 'eps1'"),
+        ({"TAG": "../elsewhere"}, [], "TAG=../elsewhere"),
         ({"EPOCHS": "many"}, [], "not 'many'"),
         ({"OUT": "file/runs"}, [], "OUT=file/runs cannot be written"),
         ({"OUT": "nowhere", "METHODS": ""}, [], "OUT=nowhere: there is no such folder"),
@@ -2602,6 +2650,11 @@ case $* in *{fails}*) exit 1 ;; esac
 """
 
 
+def script_args(started):
+    """The arguments in a line of the stand-in's log, without a GPU."""
+    return vat_scar.parse_args(started.split()[2:])
+
+
 def fake_python(tmp_path, fails):
     """A stand-in for the scripts that takes 0.4 s and fails when its options hold `fails`."""
     path, log = tmp_path / "python", tmp_path / "log"
@@ -2615,7 +2668,7 @@ def test_run_all_goes_on_after_a_failed_run(tmp_path):
     code, _, error = run_all(
         "--eps", "2.50", PYTHON=str(path), DATA="synthetic", OUT=str(tmp_path / "runs/"), SEEDS="4"
     )
-    assert code == 1 and "failed: mixmatch, seed 4" in error
+    assert code == 1 and "failed: mixmatch, seed 4 (so its controls were not run)" in error
     starts = [line.split() for line in log.read_text().splitlines() if line.startswith("start")]
     assert [(words[1], words[words.index("--select") + 1]) for words in starts] == [
         ("vat_scar.py", "fgsm"),
@@ -2628,6 +2681,29 @@ def test_run_all_goes_on_after_a_failed_run(tmp_path):
     folder = f"{tmp_path}/runs/fixmatch__synthetic__fgsm-eps2.5__seed4"
     assert scar[scar.index("--out") + 1] == folder
     assert control[control.index("--pretrained") + 1] == f"{folder}/pretrain.pt"
+
+
+def test_run_all_runs_the_controls_that_it_is_told(tmp_path):
+    """All from the same theta~, in folders with the scripts' own names and TAG; one may fail."""
+    path, log = fake_python(tmp_path, fails="confidence")
+    out = tmp_path / "runs"
+    variables = {"PYTHON": str(path), "DATA": "synthetic", "OUT": str(out), "METHODS": "vat"}
+    variables |= {"CONTROLS": "confidence eps0 none", "SEEDS": "4"}
+    for tag, end in (("", ""), ("again", "__again")):
+        log.write_text("")
+        code, _, error = run_all("--eps", "3", TAG=tag, **variables)
+        assert code == 1 and "failed: a control of vat, seed 4\n" in error
+        starts = [line for line in log.read_text().splitlines() if line.startswith("start")]
+        theta = f"{out}/vat__synthetic__fgsm-eps3__seed4{end}"
+        given = [script_args(line) for line in starts]
+        assert [args.out for args in given] == [
+            theta, *(f"{out}/vat__synthetic__{row}__seed4{end}" for row in (
+                "confidence-eps3", "fgsm-eps0", "none-eps3"))
+        ]  # fmt: skip
+        assert [args.pretrained for args in given] == [None, *3 * [f"{theta}/pretrain.pt"]]
+        for args in given:
+            own_name = f"vat__synthetic__{args.select}-eps{args.eps:g}__seed4"
+            assert Path(args.out).name == own_name + end
 
 
 def test_run_all_has_one_run_on_each_gpu(tmp_path):
