@@ -1650,6 +1650,47 @@ def test_mcnemar(few_images, tmp_path, monkeypatch, capsys):
             mcnemar.main([f"{out}/model.pt", str(model)])
 
 
+def test_attack(few_images, tmp_path, monkeypatch, capsys):
+    """results/attack.py: PGD stays within eps and is no weaker than FGSM; the counts add up."""
+    monkeypatch.setattr(sys, "path", [str(HERE / "results"), *sys.path])
+    attack = __import__("attack")
+    monkeypatch.setattr(__import__("mcnemar"), "load_images", lambda data, data_dir: few_images)
+    out = tmp_path / "run"
+    result = vat_scar.main([*SMALL.split(), "--table2-eps", "2", "--eps", "2", "--out", str(out)])
+    model = WideResNet(10, 10, 1).eval()
+    model.load_state_dict(torch.load(out / "pretrain.pt"))
+    x, y = vat_scar.to_float(few_images[2]), few_images[3]
+    fgsm_x, pgd_x = fgsm(model, x, y, 8 / 255), attack.pgd(model, x, y, 8 / 255)
+    assert (pgd_x - x).abs().max() <= 8 / 255 + 1e-6 and 0 <= pgd_x.min() and pgd_x.max() <= 1
+    with torch.no_grad():
+        losses = [F.cross_entropy(model(images), y).item() for images in (x, fgsm_x, pgd_x)]
+    assert losses[0] < losses[1] < losses[2]
+
+    attack.main([f"{out}/pretrain.pt", "--eps", "2"])
+    _, by_fgsm, by_pgd = capsys.readouterr().out.splitlines()[-3:]
+    row = result["table2"][0]
+    assert f"eps 2 fgsm keeps {row['kept']}, {row['kept_correct']} of them right" in by_fgsm
+    spread = json.loads(by_pgd.partition("predicted ")[2])
+    assert len(spread) == 10 and sum(spread) == len(y)
+    with pytest.raises(SystemExit, match="No such file"):
+        attack.main([f"{tmp_path}/pretrain.pt"])
+
+
+def test_plot(tmp_path, monkeypatch):
+    """results/plot.py draws the README's figure as it stands in the repository."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "path", [str(HERE / "results"), *sys.path])
+    __import__("plot").main(HERE / "results" / "table1", tmp_path / "table1.svg")
+    drawn = (tmp_path / "table1.svg").read_text()
+    for text in ("FixMatch", "MixMatch", "VAT", "test accuracy (%)", "control: nothing added"):
+        assert (
+            f">{text}</text>" in drawn
+            and f">{text}</text>" in (HERE / "results" / "table1.svg").read_text()
+        )
+    with pytest.raises(SystemExit, match="no finished runs"):
+        __import__("plot").main(tmp_path, tmp_path / "none.svg")
+
+
 def test_tensorboard(few_images, tmp_path):
     pytest.importorskip("tensorboard")
     fixmatch_scar.main(
