@@ -91,8 +91,6 @@ def parse_args(argv=None):
     add("--select", default="fgsm", choices=["fgsm", "none", "confidence"], help="what is added "
         "to the labeled set: images that withstand FGSM (SCAR), none (the control), or the most "
         "confident ones, as many as withstand FGSM")  # fmt: skip
-    add("--reselect", type=int, default=0, metavar="N", help="select again after every N epochs of "
-        "fine-tuning, with the averaged model of the moment; 0: once, with theta~")  # fmt: skip
     add("--true-share", type=float, metavar="SHARE", help="of true labels in a labeled batch of "
         "fine-tuning; None: as many as come, drawn from all labels alike")  # fmt: skip
     add("--table2-eps", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.0, 6.0], metavar="EPS",
@@ -122,7 +120,6 @@ def parse_args(argv=None):
         (0 <= args.alpha < math.inf, "--alpha must be at least 0"),
         (0 <= args.eps <= 255, "--eps is in units of 1/255 and must be between 0 and 255"),
         (all(0 <= eps <= 255 for eps in args.table2_eps), "--table2-eps must be between 0 and 255"),
-        (args.reselect >= 0, "--reselect must be at least 0"),
         (
             args.true_share is None or 0 < args.true_share <= 1,
             "--true-share must be above 0 and at most 1",
@@ -583,10 +580,6 @@ def train_epoch(run, phase, epoch, args, estimate):
     """
     device, steps, started = run.images.device, args.steps_per_epoch, time.perf_counter()
     rank, count = ranks()
-    if phase == "finetune" and args.reselect and epoch > 1 and (epoch - 1) % args.reselect == 0:
-        if rank == 0:
-            add_labels(run, args)
-        run.labels.copy_(share(run.labels.cpu()))
     seeds = (
         np.random.SeedSequence([args.seed, PHASES.index(phase), epoch]).generate_state(2).tolist()
     )

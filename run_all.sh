@@ -65,6 +65,9 @@ for word in "$@"; do
     [ "$previous" != --eps ] || given_eps=$word
     previous=$word
 done
+if [[ " $CONTROLS " = *" eps0 "* && $(printf %g "${given_eps:-1}" 2> /dev/null) = 0 ]]; then
+    refuse "--eps 0 is what the control eps0 does; leave one of them out"
+fi
 
 command -v "$PYTHON" > /dev/null || refuse "PYTHON=$PYTHON: there is no such program"
 [ -n "$METHODS" ] || [ -d "$OUT" ] || refuse "OUT=$OUT: there is no such folder"
@@ -207,8 +210,9 @@ FREE = {"seed", "out", "data_dir", "device", "compile", "tensorboard", "pretrain
         "select", "eps", "reselect", "true_share"}
 ROWS = {"fgsm": "SCAR (eps {})", "none": "nothing (control)",
         "confidence": "the most confident (as many as eps {} keeps)"}
-ORDER = list(ROWS)
-UNUSED = {"reselect": 0, "true_share": None}  # named in a row where they are used
+ORDER = ("none", "fgsm", "confidence")
+# Named in a row where it is used; --reselect was tried, and taken out (results/settings, README).
+UNUSED = {"reselect": 0, "true_share": None}
 
 
 def read(path):

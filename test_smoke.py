@@ -1486,36 +1486,6 @@ def test_true_share_of_labeled_batches(script, few_images, tmp_path):
     run.lock.close()
 
 
-@pytest.mark.parametrize("script", SCRIPTS[:1])  # the text is the same in all
-def test_reselect_labels_with_the_model_of_the_moment(
-    script, few_images, tmp_path, monkeypatch, capsys
-):
-    seen, train_epoch = [], script.train_epoch
-
-    def spy(run, phase, epoch, args, estimate):
-        if phase == "finetune":
-            keep, pseudo = script.select_clean(
-                run.average, run.images[run.unlabeled], args.eps / 255
-            )
-        row = train_epoch(run, phase, epoch, args, estimate)
-        if phase == "finetune":
-            labels = torch.where(keep, pseudo, -1)
-            seen.append((labels, run.labels[run.unlabeled].clone()))
-            assert torch.equal(run.labels[run.labeled], run.true_labels[run.labeled])
-        return row
-
-    monkeypatch.setattr(script, "train_epoch", spy)
-    options = ["--epochs", "5", "--reselect", "2", "--lr", "0.02", "--table2-eps", "1"]
-    script.main([*SMALL.split(), *options, "--out", str(tmp_path / "run")])
-    for epoch, (of_the_moment, used) in enumerate(seen, start=1):
-        if epoch in (1, 3, 5):
-            assert torch.equal(used, of_the_moment)
-        else:
-            assert torch.equal(used, seen[epoch - 2][1])
-    assert not torch.equal(seen[0][1], seen[2][1])
-    assert capsys.readouterr().out.count("  fgsm adds ") == 3
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_labels_of_unlabeled_images_are_not_used(script, images, few_images, tmp_path, monkeypatch):
     """With other true labels on the unlabeled images, theta~ and the final model are the same."""
@@ -1646,7 +1616,7 @@ def test_mcnemar(few_images, tmp_path, monkeypatch, capsys):
     tested = tmp_path / "tested"
     vat_scar.main([*options, "--epochs", "1", "--steps-per-epoch", "1", "--out", str(tested)])
     for model in (tested / "model.pt", tmp_path / "model.pt"):
-        with pytest.raises(SystemExit, match="scored on other images|No such file"):
+        with pytest.raises(SystemExit, match="scored on other images|there is no file"):
             mcnemar.main([f"{out}/model.pt", str(model)])
 
 
@@ -1672,8 +1642,10 @@ def test_attack(few_images, tmp_path, monkeypatch, capsys):
     assert f"eps 2 fgsm keeps {row['kept']}, {row['kept_correct']} of them right" in by_fgsm
     spread = json.loads(by_pgd.partition("predicted ")[2])
     assert len(spread) == 10 and sum(spread) == len(y)
-    with pytest.raises(SystemExit, match="No such file"):
-        attack.main([f"{tmp_path}/pretrain.pt"])
+    (tmp_path / "result.json").write_text("[]")
+    for model in (tmp_path / "pretrain.pt", tmp_path / "nowhere" / "pretrain.pt"):
+        with pytest.raises(SystemExit, match="damaged|there is no file"):
+            attack.main([str(model)])
 
 
 def test_plot(tmp_path, monkeypatch):
@@ -2651,6 +2623,7 @@ def test_readme_has_the_tables_of_the_results(folder, tmp_path):
         ({"SEEDS": "0 one"}, [], "not 'one'"),
         ({"CONTROLS": "none eps1"}, [], "no 'eps1'"),
         ({"TAG": "../elsewhere"}, [], "TAG=../elsewhere"),
+        ({"CONTROLS": "eps0"}, ["--eps", "0.0"], "--eps 0 is what"),
         ({"EPOCHS": "many"}, [], "not 'many'"),
         ({"OUT": "file/runs"}, [], "OUT=file/runs cannot be written"),
         ({"OUT": "nowhere", "METHODS": ""}, [], "OUT=nowhere: there is no such folder"),
@@ -2745,6 +2718,30 @@ def test_run_all_runs_the_controls_that_it_is_told(tmp_path):
         for args in given:
             own_name = f"vat__synthetic__{args.select}-eps{args.eps:g}__seed4"
             assert Path(args.out).name == own_name + end
+
+
+def test_settings_are_those_of_their_results(monkeypatch):
+    """results/settings.sh gives the scripts the settings that results/settings was run with."""
+    environment = {**os.environ, "PYTHON": "echo"}
+    command = ["bash", str(HERE / "results" / "settings.sh")]
+    echoed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    given = {}
+    for line in echoed.stdout.splitlines():
+        if "--data" in line:
+            options = line[line.index("--data") :].split()
+            name = Path(options[options.index("--out") + 1]).name
+            script = {script.METHOD: script for script in SCRIPTS}[name.partition("__")[0]]
+            given[name] = vars(script.parse_args(options))
+    kept = {path.parent.name: path for path in HERE.glob("results/settings/*/result.json")
+            if "reselect" not in path.parent.name}  # fmt: skip
+    assert given.keys() == kept.keys()
+    for name, path in kept.items():
+        was = json.loads(path.read_text())["args"]
+        settled = {"device", "precision", "compile"}
+        assert was.pop("reselect", 0) == 0  # an option that has gone
+        assert {key: was[key] for key in was.keys() - settled} == {
+            key: given[name][key] for key in given[name].keys() - settled
+        }
 
 
 def test_run_all_has_one_run_on_each_gpu(tmp_path):

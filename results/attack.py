@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import WideResNet, fgsm
-from fixmatch_scar import CHUNK, predict, to_float
+from fixmatch_scar import CHUNK, load, predict, to_float
 from mcnemar import run_args, scored_images
 
 
@@ -49,13 +49,16 @@ def main(argv=None):
     parser.add_argument("--every", type=int, default=1, help="take every so many-th image")
     parser.add_argument("--eps", type=float, nargs="+", default=[1.0, 3.0, 6.0], help="in 1/255")
     settings = parser.parse_args(argv)
+    if settings.every < 1:
+        parser.error("--every must be at least 1")
     try:
         for path in settings.models:
             args = run_args(path)
-            x, y = (t[:: settings.every] for t in scored_images(args, settings.data_dir))
+            x, y = scored_images(args, settings.data_dir)
             classes = int(y.max()) + 1
+            x, y = x[:: settings.every], y[:: settings.every]
             model = WideResNet(classes, args["depth"], args["width"]).eval()
-            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            model.load_state_dict(load(path))
             label = predict(model, x)
             print(f"{path}: {len(x):,} images, predicted {torch.bincount(label, minlength=classes).tolist()}")
             for eps in settings.eps:
@@ -69,7 +72,7 @@ def main(argv=None):
                         f"  eps {eps:g} {attack.__name__:4} keeps {int(keep.sum())}, {right} of "
                         f"them right{share}; predicted {spread}"
                     )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         sys.exit(f"error: {error}")
 
 

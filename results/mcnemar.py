@@ -10,21 +10,18 @@ root of their sum (McNemar 1947). More than two is what the README calls a diffe
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import WideResNet, load_images, split_labeled
-from fixmatch_scar import predict
+from fixmatch_scar import load, predict
 
 
 def run_args(model_path):
     """The settings in the result.json beside a model."""
-    return json.loads(model_path.with_name("result.json").read_text())["args"]
+    return load(model_path.with_name("result.json"), "args")["args"]
 
 
 def scored_images(args, data_dir):
@@ -41,7 +38,7 @@ def right_images(model_path, x, y):
     """bool [N]: which of these images the model gets right."""
     args = run_args(model_path)
     model = WideResNet(int(y.max()) + 1, args["depth"], args["width"])
-    model.load_state_dict(torch.load(model_path, map_location="cpu", weights_only=True))
+    model.load_state_dict(load(model_path))
     return predict(model, x) == y
 
 
@@ -61,7 +58,9 @@ def main(argv=None):
     first_path, *other_paths = args.models
     try:
         first_args = run_args(first_path)
-        images = ("data", "num_labeled", "seed", "val")
+        images = ["data", "data_dir", "val"]
+        if first_args["val"]:
+            images += ["num_labeled", "seed"]
         for path in other_paths:
             if any(run_args(path)[name] != first_args[name] for name in images):
                 raise ValueError(f"{path} was scored on other images than {first_path}")
@@ -74,7 +73,7 @@ def main(argv=None):
                 f"{path}: only the first right {only_first}, only this {only_other}: "
                 f"{gain:+.2f} points, {errors:+.1f} standard errors"
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         sys.exit(f"error: {error}")
 
 

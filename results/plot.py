@@ -21,7 +21,7 @@ LINES = {"fgsm": "-", "none": "--"}
 
 
 def read_runs(folder):
-    """The SCAR run and the control of each method at its default settings and eps, with seed 0.
+    """The SCAR run and the control of each method at its default lambda_u and eps, with seed 0.
 
     A list of (result.json's content, rows of metrics.csv).
     """
@@ -30,7 +30,8 @@ def read_runs(folder):
         result = json.loads(path.read_text())
         usual = {"vat": (6.0, 0.3), "mixmatch": (1.0, 0.75), "fixmatch": (1.0, 1.0)}
         settings = (result["eps"], result["args"]["lambda_u"])
-        if result["seed"] or result["select"] not in LINES or settings != usual[result["method"]]:
+        other = result["seed"] or result["args"]["val"] or result["args"]["true_share"]
+        if other or result["select"] not in LINES or settings != usual[result["method"]]:
             continue
         with open(path.with_name("metrics.csv"), newline="") as file:
             runs.append((result, list(csv.DictReader(file))))
@@ -66,9 +67,12 @@ def draw_table2(axes, kept_axes, result):
 
 def main(folder, target):
     """Reads the runs in folder, writes the figure to target."""
-    runs = read_runs(folder)
+    try:
+        runs = read_runs(folder)
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"error: {folder} holds a damaged run ({error})")
     if not runs:
-        sys.exit(f"error: {folder} has no finished runs of seed 0 at default settings")
+        sys.exit(f"error: {folder} has no finished runs of seed 0 at default lambda_u and eps")
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "scar"})
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     kept_axes = right.twinx()
