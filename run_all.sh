@@ -46,7 +46,7 @@ for control in $CONTROLS; do
     esac
 done
 case $TAG in
-    *[!A-Za-z0-9._-]*) refuse "TAG=$TAG: it ends the run folders' names; use letters, digits and ._-" ;;
+    *[!A-Za-z0-9._-]*) refuse "TAG=$TAG: use letters, digits and ._-" ;;
 esac
 
 given_eps=

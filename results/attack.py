@@ -60,7 +60,8 @@ def main(argv=None):
             model = WideResNet(classes, args["depth"], args["width"]).eval()
             model.load_state_dict(load(path))
             label = predict(model, x)
-            print(f"{path}: {len(x):,} images, predicted {torch.bincount(label, minlength=classes).tolist()}")
+            spread = torch.bincount(label, minlength=classes).tolist()
+            print(f"{path}: {len(x):,} images, predicted {spread}")
             for eps in settings.eps:
                 for attack in (fgsm, pgd):
                     attacked = attacked_labels(attack, model, x, label, eps / 255)
