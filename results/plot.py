@@ -1,6 +1,6 @@
-"""Draws the README's figure from the runs of a folder; needs matplotlib (pip install matplotlib).
+"""Draws the figure of results/README.md from the runs of a folder; needs matplotlib (pip install matplotlib).
 
-    python results/plot.py results/table1 results/table1.svg
+    python results/plot.py results/cpu results/cpu.svg
 
 Left: test accuracy over epochs, of the pretraining and from its theta~ on with SCAR (solid) and
 in the control (dashed). Right: what the attack on theta~ leaves over eps, on the test images:
