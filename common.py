@@ -1,30 +1,29 @@
 """What the scripts share, and nothing else: the network, the images with their split, and FGSM.
 
 WideResNet     Zagoruyko and Komodakis 2016, wired as in google-research/fixmatch (libml/models.py)
-load_images    CIFAR-10, a folder of images, or drawn ones; split_labeled chooses the labeled ones
+load_images    a benchmark, a folder, or drawn images; split_labeled chooses the labeled ones
 fgsm           Goodfellow et al. 2015, the attack of SCAR (Algorithm 1, line 6)
 """
 
+import os
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
-from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN
 
-# --------------------------------------------------------------------------------------------------
-# The network
-# --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------- The network
 
 
 class Block(nn.Module):
-    """Pre-activation residual block: bn-lrelu-conv-bn-lrelu-conv plus a shortcut.
+    """bn-lrelu-conv-bn-lrelu-conv plus a shortcut, 1x1 where the number of channels changes.
 
-    The shortcut takes the block's input as it is, through a 1x1 convolution where the number of
-    channels changes. With activate_shortcut (the network's very first block) it takes the
-    activated input.
+    activate_shortcut, of the network's very first block: the shortcut takes the activated input.
     """
 
     def __init__(self, channels_in, channels_out, stride, activate_shortcut=False):
@@ -52,19 +51,17 @@ class WideResNet(nn.Module):
 
     forward: float [N, 3, H, W] in [0, 1] -> logits [N, num_classes]; 1,467,610 parameters at 28-2.
     Raises ValueError for a depth that is not 6n + 4 with n >= 1, or a width below 1.
-    Source: google-research/fixmatch, libml/models.py, for wiring, slope and initial weights. Two
-    things differ: batch norm has PyTorch's momentum of 0.1, and convolutions pad by 1 on all sides
-    (at stride 2, TensorFlow pads the right and the bottom alone).
+    Source: google-research/fixmatch, libml/models.py. Two things differ: batch norm's momentum, here
+    PyTorch's 0.1, and the padding at stride 2, which TensorFlow has at the right and bottom alone.
     """
 
     def __init__(self, num_classes=10, depth=28, width=2):
         super().__init__()
-        if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"depth must be 6n + 4 (10, 16, 22, 28, ...), not {depth}")
-        if width < 1:
-            raise ValueError(f"width must be at least 1, not {width}")
-        channels = 16
-        blocks = []
+        if depth < 10 or (depth - 4) % 6 or width < 1:
+            raise ValueError(
+                f"depth must be 6n + 4 (10, 16, ...), width 1 or more: {depth}, {width}"
+            )
+        channels, blocks = 16, []
         for group in range(3):
             for i in range((depth - 4) // 6):
                 stride = 2 if group > 0 and i == 0 else 1
@@ -88,89 +85,122 @@ class WideResNet(nn.Module):
         return self.linear(x.mean(dim=(2, 3)))
 
 
-# --------------------------------------------------------------------------------------------------
-# The images and their split
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------- The images and their split
+
+BENCHMARKS = {  # torchvision's class, its words for training and test images, what it downloads
+    "cifar10": (CIFAR10, True, False, "cifar-10-python.tar.gz"),
+    "cifar100": (CIFAR100, True, False, "cifar-100-python.tar.gz"),
+    "svhn": (SVHN, "train", "test", "train_32x32.mat and test_32x32.mat"),
+    "stl10": (STL10, "train+unlabeled", "test", "stl10_binary.tar.gz"),
+}
+SHAPES = "disk,ring,square,frame,triangle,plus,bar,two bars,half disk,four dots".split(",")
+# the files that Pillow reads; those taken out it only writes, or knows no more of than the name
+IMAGE_KINDS = set(Image.registered_extensions()) - {".pdf", ".palm", ".mpg", ".mpeg", ".h5", ".hdf"}
 
 
-def load_images(data, data_dir):
+def load_images(data, data_dir, size=32):
     """Loads a whole data set into memory: (x_train, y_train, x_test, y_test).
 
-    x: uint8 [N, 3, 32, 32] in RGB; y: int64 [N]; both on the CPU.
-    data: "cifar10"    torchvision's CIFAR10 in `data_dir`, downloaded when it is missing
-          "folder"     data_dir/train/<class>/* and data_dir/test/<class>/*; classes in sorted
-                       order, images of another size resized to 32 x 32
-          "synthetic"  6,000 and 1,000 drawn images of ten shapes, the same every time; no file
+    x: uint8 [N, 3, size, size] in RGB, other sizes resized; y: int64 [N], -1 where an image has no
+    label (in x_train alone, after the others); all on the CPU.
+    data: one of BENCHMARKS in `data_dir`, downloaded when it is missing;
+          "folder"     data_dir/train/<class>/**, data_dir/test/<class>/** and, for images without a
+                       label, data_dir/unlabeled/**; links to folders below these are not followed
+          "synthetic"  6,000 and 1,000 drawn images of ten SHAPES, the same every time; no file
     Raises ValueError with one sentence that says what is wrong and what to do.
     """
-    if data == "cifar10":
-        return *_load_cifar10(data_dir, train=True), *_load_cifar10(data_dir, train=False)
-    if data == "folder":
-        return _load_folders(Path(data_dir))
     if data == "synthetic":
         x, y = _draw_shapes(7000)
-        return x[:6000], y[:6000], x[6000:], y[6000:]
-    raise ValueError(f"unknown data '{data}': choose cifar10, folder or synthetic")
+        parts = (x[:6000], y[:6000]), (x[6000:], y[6000:])
+    elif data == "folder":
+        parts = [zip(*part) for part in _list_folder(Path(data_dir))[1:3]]
+    elif data in BENCHMARKS:
+        parts = [_read_benchmark(data, data_dir, test)[:2] for test in (False, True)]
+    else:
+        raise ValueError(f"unknown data {data}: choose {', '.join(BENCHMARKS)}, folder, synthetic")
+    images = []
+    for x, y in parts:
+        if data == "folder":
+            x = [_read_image(Path(data_dir, name), size) for name in x]
+        x = torch.from_numpy(np.asarray(x))
+        x = x.permute(0, 3, 1, 2) if x.shape[3] == 3 else x
+        if x.shape[2:] != (size, size):
+            x = F.interpolate(x, (size, size), mode="bicubic", antialias=True)
+        images += x.contiguous(), torch.as_tensor(y, dtype=torch.int64)
+    return tuple(images)
 
 
-def _load_cifar10(data_dir, train):
-    folder_is_new = not Path(data_dir).exists()
+def image_names(data, data_dir):
+    """Returns (classes, files, left_out): the names of the labels, in their order; with "folder",
+    the path below data_dir of each image of x_train; and the paths that are not read."""
+    if data == "folder":
+        classes, train, _, left_out = _list_folder(Path(data_dir))
+        return classes, [name for name, _ in train], left_out
+    return SHAPES if data == "synthetic" else _read_benchmark(data, data_dir, True)[2], [], []
+
+
+def _read_benchmark(data, data_dir, test):
+    kind, *words, archive = BENCHMARKS[data]
+    is_new = not Path(data_dir).exists()
     try:
-        dataset = CIFAR10(data_dir, train, download=True)
+        dataset = kind(data_dir, words[test], download=True)
+    except ImportError as error:
+        raise ValueError(f"--data {data}: {error}; install it, for instance with pip") from None
     except (OSError, RuntimeError) as error:
-        if folder_is_new and Path(data_dir).exists() and not any(Path(data_dir).iterdir()):
-            Path(data_dir).rmdir()
+        if is_new:
+            shutil.rmtree(data_dir, ignore_errors=True)
         raise ValueError(
-            f"CIFAR-10 is not in {data_dir} and could not be downloaded ({error}): put "
-            "cifar-10-python.tar.gz there, or use --data folder with images of your own, "
-            "or --data synthetic, which needs no file"
+            f"{data} is not in {data_dir} and could not be downloaded ({error}): put {archive} "
+            "there, or use --data folder with your own images, or --data synthetic without a file"
         ) from None
-    x = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
-    return x, torch.tensor(dataset.targets)
+    labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
+    return dataset.data, labels, getattr(dataset, "classes", list("0123456789"))  # SVHN has none
 
 
-def _load_folders(root):
-    for part in ("train", "test"):
-        if not (root / part).is_dir():
-            raise ValueError(
-                f"{root} has no folder {part}; --data folder reads train/<class>/*, test/<class>/*"
-            )
-    try:
-        train, test = ImageFolder(root / "train"), ImageFolder(root / "test")
-    except OSError as error:  # no class in it, or a class without images
-        raise ValueError(f"{root}: {error}") from None
-    if len(train.classes) < 2:
-        raise ValueError(f"{root} has one class, {train.classes[0]}; there must be two or more")
-    if train.classes != test.classes:
-        names = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
+def _list_folder(root):
+    """Returns classes, (path below root, label) of training and test images, and paths left out."""
+    shown = {part: sorted((root / part).glob("[!.]*")) for part in ("train", "test")}
+    classes = {part: [path.name for path in shown[part] if path.is_dir()] for part in shown}
+    for part, names in classes.items():
+        if len(names) < 2:
+            raise ValueError(f"{root / part} has {len(names)} class folders; it needs two or more")
+    if classes["train"] != classes["test"]:
+        names = ", ".join(sorted(set(classes["train"]) ^ set(classes["test"])))
         raise ValueError(f"{root}: train and test must have the same classes; only one has {names}")
-    return *_read_images(train.samples), *_read_images(test.samples)
+    folders = [(part, i, root / part / name) for part in shown for i, name in enumerate(names)]
+    if os.path.lexists(root / "unlabeled"):
+        folders.append(("train", -1, root / "unlabeled"))
+    left_out = [f"{part}/{path.name}" for part in shown for path in shown[part] if path.is_file()]
+    images = {"train": {}, "test": {}}  # by the file that a link leads to: it counts once
+    for part, label, folder in folders:
+        count = len(images[part])
+        for path in sorted(folder.rglob("*"), key=os.path.split):
+            name, file = path.relative_to(root).as_posix(), os.path.realpath(path)
+            if "/." in name or (path.is_dir() and not path.is_symlink()):
+                continue  # hidden, or a folder whose files come by themselves
+            if path.is_dir() or path.suffix.lower() not in IMAGE_KINDS or file in images[part]:
+                left_out.append(name)
+            else:
+                images[part][file] = name, label
+        if len(images[part]) == count:
+            raise ValueError(f"{folder} has no image: put some there, or take the folder out")
+    return names, *(list(images[part].values()) for part in images), left_out
 
 
-def _read_images(samples):
-    paths, labels = zip(*samples)
-    images = np.stack([_read_image(path) for path in paths])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
-
-
-def _read_image(path):
+def _read_image(path, size=32):
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow would cut its values off at 255
-                raise ValueError(f"more than 8 bits a channel, mode {image.mode}")
-            image = image.convert("RGB")
+            deep = re.search(r"^[IF]|;16[BLN]|'RGB', (511|\d{4})", f"{image.mode} {image.tile}")
+            if deep:  # Pillow would keep the high byte, or cut values off at 255
+                raise ValueError("more than 8 bits a channel")
+            image = ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow has a dozen kinds for a damaged file
         raise ValueError(f"cannot read {path} ({error}): repair it or take it out") from None
-    return np.asarray(image if image.size == (32, 32) else image.resize((32, 32)))
+    return np.asarray(image if image.size == (size, size) else image.resize((size, size)))
 
 
 def _draw_shapes(count):
-    """Ten shapes (disk, ring, square, frame, triangle, plus, bar, two bars, half disk, four dots).
-
-    Each has a place, size, angle, colour and contrast of its own, under noise: a small network
-    takes some hundred steps to tell them apart, and stays in doubt about the faintest.
-    Returns uint8 [count, 3, 32, 32] and int64 [count]; ten images in a row have all ten classes.
-    """
+    """SHAPES of any place, size, angle, colour, contrast: uint8 [count, 3, 32, 32], int64 [count]."""
     rng = np.random.default_rng(0)
 
     def draw(low, high, *shape):
@@ -212,44 +242,44 @@ def _draw_shapes(count):
     return torch.from_numpy(images), torch.from_numpy(label)
 
 
-def split_labeled(y, num_labeled, seed):
+def split_labeled(y, num_labeled, seed, classes=None):
     """Chooses the images whose labels training may see: (labeled_idx, unlabeled_idx).
 
-    y: int64 [N], class labels. Returns two ascending int64 tensors on the CPU, disjoint, together
-    0 .. N - 1. Each class gets num_labeled // C labels; of a remainder, classes drawn at random get
-    one more each. Raises ValueError when a class has too few images or no image stays unlabeled.
+    y: int64 [N], -1 without a label. Returns two ascending int64 tensors on the CPU, disjoint,
+    together 0 .. N - 1. Each class gets num_labeled // C labels; of a remainder, classes drawn at
+    random get one more each; all labels that there are may be asked for if some image has none.
+    Raises ValueError, with the class's name from `classes`, when there are too few images.
     """
     y = y.cpu()
-    counts = torch.bincount(y)
-    num_classes = len(counts)
+    counts = torch.bincount(y[y >= 0])
+    num_classes, total = len(counts), int(counts.sum())
+    most = min(total, len(y) - 1)  # an image stays unlabeled
     if num_labeled < num_classes:
-        raise ValueError(f"{num_labeled} labels are too few: there are {num_classes} classes")
-    if num_labeled >= len(y):
-        raise ValueError(f"{num_labeled} of {len(y)} labels leave no unlabeled image")
+        raise ValueError(f"--num-labeled {num_labeled} is too few: there are {num_classes} classes")
+    if num_labeled > most:
+        raise ValueError(f"--num-labeled {num_labeled} leaves no unlabeled image: {most} at most")
     generator = torch.Generator().manual_seed(seed)
     quota = torch.full((num_classes,), num_labeled // num_classes)
     quota[torch.randperm(num_classes, generator=generator)[: num_labeled % num_classes]] += 1
+    quota = counts if num_labeled == total else quota
     labeled = torch.zeros(len(y), dtype=torch.bool)
     for label in range(num_classes):
         if counts[label] < quota[label]:
             raise ValueError(
-                f"class {label} has {counts[label]} images, fewer than its {quota[label]} of "
-                f"{num_labeled} labels: ask for fewer labels"
+                f"class {classes[label] if classes else label} has {counts[label]} images, fewer "
+                f"than its {quota[label]} of --num-labeled {num_labeled}: ask for fewer"
             )
         members = torch.nonzero(y == label).squeeze(1)
         labeled[members[torch.randperm(len(members), generator=generator)[: quota[label]]]] = True
     return torch.nonzero(labeled).squeeze(1), torch.nonzero(~labeled).squeeze(1)
 
 
-# --------------------------------------------------------------------------------------------------
-# The attack
-# --------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------- The attack
 
 
 def fgsm(model, x, y, eps):
     """One signed-gradient step away from label y, within eps of x.
 
-    x_adv = clip(x + eps * sign(gradient of cross_entropy(model(x), y) with respect to x), 0, 1)
     x: float32 [N, 3, H, W] in [0, 1]; y: int64 [N]; eps: on the scale of x. Returns x_adv like x.
     The model (not a compiled one) runs in eval mode, in float32 without TF32 or autocast, and comes
     back as it was: the mode of every submodule, batch-norm statistics, parameters' gradients.

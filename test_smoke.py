@@ -9,11 +9,16 @@ import inspect
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import time
+import zlib
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +27,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -37,7 +43,7 @@ from vat_scar import vat_direction, vat_loss
 
 SCRIPTS = [vat_scar, mixmatch_scar, fixmatch_scar]
 HERE = Path(__file__).parent
-OTHER_FILES = set()
+OTHER_FILES = {"selection.csv"}
 OWN = {"parse_args", "unlabeled_batch_size", "make_optimizer", "schedule", "batch_loss"}
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 each_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -971,3 +977,299 @@ def test_readme_names_options_and_files_that_exist(capsys):
     for line in re.findall(r"^python (\w+_scar\.py .*)$", readme, re.MULTILINE):
         script, *argv = shlex.split(line)
         assert importlib.import_module(script[:-3]).parse_args(argv)
+
+
+# ------------------------------------------------------------------------- images of many kinds
+
+
+def write_photos(root, classes=("ant", "bee"), per_class=6):
+    """train/, test/ of one bright colour a class and, without labels, unlabeled/ below folders."""
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(classes):
+        for part, count in (("train", per_class), ("test", 3), ("unlabeled/deep er", 5)):
+            folder = root / part / (name if part != "unlabeled/deep er" else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            for n in range(count):
+                pixels = rng.integers(0, 60, (40, 48, 3)) + 180 * (np.arange(3) == i)
+                size = (48, 40) if n % 2 else (100, 100)
+                image = Image.fromarray(pixels.astype(np.uint8)).resize(size)
+                image.save(folder / f"{i} {n}.png")
+    return root
+
+
+def test_run_on_a_folder_with_unlabeled_images(tmp_path, capsys):
+    root, out = write_photos(tmp_path / "bild er", ("Käfer, rot", "bee")), tmp_path / "run"
+    argv = [*SMALL[:2], *SMALL[4:], "--data", "folder", "--data-dir", str(root)]  # all 12 labels
+    result = vat_scar.main([*argv, "--image-size", "30", "--out", str(out)])
+    assert "2 classes: Käfer, rot, bee" in capsys.readouterr().out
+    assert result["args"]["num_labeled"] == 12 and result["selection"]["without_label"] == 10
+    assert result["selection"]["kept"] == result["selection"]["rejected"] == 0
+    classes = json.loads((out / "args.json").read_text())["classes"]
+    x, y, *_ = common.load_images("folder", root, 30)
+    assert x.shape == (22, 3, 30, 30) and (y == -1).sum() == 10
+    with open(out / "selection.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert all((root / row["file"]).is_file() for row in rows) and len(rows) == 10
+    for name, label, confidence in (
+        ("pretrain.pt", "label", "confidence"),
+        ("model.pt", "final_label", "final_confidence"),
+    ):
+        model = common.WideResNet(2, 10, 1).eval()
+        model.load_state_dict(torch.load(out / name, weights_only=True))
+        prob = vat_scar.predict(model, x[y == -1]).softmax(dim=1)
+        assert [row[label] for row in rows] == [classes[i] for i in prob.argmax(1)]
+        assert [float(row[confidence]) for row in rows] == pytest.approx(
+            prob.amax(1).tolist(), abs=1e-5
+        )
+        if name == "pretrain.pt":
+            keep, _ = vat_scar.select_clean(model, x[y == -1], 6 / 255)
+            assert [row["kept"] for row in rows] == [str(int(kept)) for kept in keep]
+
+
+def test_folder_reads_every_kind_and_says_what_it_leaves_out(tmp_path):
+    root = write_photos(tmp_path)
+    red = Image.new("RGB", (32, 32), (200, 0, 0))
+    for kind in ("gif", "jfif", "webp", "bmp", "tiff"):
+        red.save(root / "train" / "ant" / f"z.{kind}", "JPEG" if kind == "jfif" else None)
+    turned = Image.new("RGB", (32, 32))
+    turned.paste((255, 255, 255), (0, 0, 32, 16))  # the upper half is white
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    turned.save(root / "train" / "bee" / "z.jpg", exif=exif, quality=95)
+    (root / "train" / "ant" / "notes.txt").write_text("notes")
+    for part in ("train", "test"):
+        hidden = root / part / ".ipynb_checkpoints"
+        hidden.mkdir()
+        red.save(hidden / "0.png")
+    (root / "train" / "ant" / "loop").symlink_to(root / "train")
+    (root / "train" / "ant" / "twice.png").symlink_to(root / "train" / "ant" / "0 0.png")
+    classes, files, left_out = common.image_names("folder", root)
+    assert classes == ["ant", "bee"] and len(files) == 6 + 5 + 6 + 1 + 10
+    assert set(left_out) == {f"train/ant/{name}" for name in ("loop", "notes.txt", "twice.png")}
+    x, y, *_ = common.load_images("folder", root)
+    assert len(x) == len(files)
+    image = x[files.index("train/bee/z.jpg")]
+    assert image[:, 20:].min() > 230 and image[:, :12].max() < 25
+    with pytest.raises(ValueError, match="bee has 7 images.*--num-labeled"):
+        common.split_labeled(y, 16, 0, classes)
+    labeled, unlabeled = common.split_labeled(y, 12, 0)
+    assert y[labeled].min() >= 0 and (y[unlabeled] == -1).sum() == 10
+
+
+@pytest.mark.parametrize("fault", ["no test", "one class", "other classes", "empty", "no pile"])
+def test_refuses_folders(fault, tmp_path):
+    root = write_photos(tmp_path)
+    if fault == "no test":
+        shutil.rmtree(root / "test")
+    elif fault == "one class":
+        shutil.rmtree(root / "train" / "bee")
+    elif fault == "other classes":
+        (root / "test" / "bee").rename(root / "test" / "wasp")
+    elif fault == "empty":
+        (root / "train" / "wasp").mkdir()
+        (root / "test" / "wasp").mkdir()
+    else:
+        shutil.rmtree(root / "unlabeled")
+        (root / "unlabeled").mkdir()
+    with pytest.raises(ValueError) as error:
+        common.load_images("folder", root)
+    assert str(root) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_images_of_every_kind_are_read_or_refused(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    for name, kind in (("rgba.png", "RGBA"), ("grey.png", "L"), ("cmyk.tiff", "CMYK")):
+        image.convert(kind).save(tmp_path / name)
+        read = common._read_image(tmp_path / name)
+        assert read.shape == (32, 32, 3)
+        assert np.abs(read - np.asarray(image.convert(kind).convert("RGB")).astype(int)).max() <= 2
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    deep = np.full((32, 32), 15, np.uint16)
+    Image.fromarray(deep).save(bad / "grey 16.png")
+    Image.fromarray(np.ones((32, 32), np.float32)).save(bad / "float.tiff")
+    for name, channels, colour in (("rgb", 3, 2), ("rgba", 4, 6), ("grey alpha", 2, 4)):
+        (bad / f"{name} 16.png").write_bytes(png_of_16_bits(channels, colour))
+    Image.new("1", (20000, 20000)).save(bad / "bomb.png")
+    (bad / "text.png").write_text("hello")
+    whole = (tmp_path / "rgba.png").read_bytes()
+    (bad / "cut off.png").write_bytes(whole[: len(whole) // 2])
+    for path in bad.iterdir():
+        with pytest.raises(ValueError, match=path.name) as error:
+            common._read_image(path)
+        assert "\n" not in str(error.value) and (
+            "16" not in path.name or "8 bits" in str(error.value)
+        )
+
+
+def png_of_16_bits(channels, colour):
+    """A PNG of 32 x 32 pixels, all 15: Pillow does not write these kinds."""
+
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", 32, 32, 16, colour, 0, 0, 0)
+    rows = (b"\0" + struct.pack(f">{32 * channels}H", *[15] * 32 * channels)) * 32
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def test_benchmarks_as_torchvision_reads_them(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 3072), dtype=np.uint8)
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name in ("train", "test"):
+        content = {"data": pixels, "fine_labels": [0, 1, 2, 3, 4, 99]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    names = [f"name {i}" for i in range(100)]
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
+    monkeypatch.setattr(common.CIFAR100, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)
+    x, y, x_test, _ = common.load_images("cifar100", tmp_path)
+    assert (x.flatten(1).numpy() == pixels).all() and y.tolist() == [0, 1, 2, 3, 4, 99]
+    assert common.image_names("cifar100", tmp_path)[0] == names
+    assert common.load_images("cifar100", tmp_path, 48)[0].shape == (6, 3, 48, 48)
+
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 96, 96), dtype=np.uint8)
+    for name in ("train_X.bin", "test_X.bin", "unlabeled_X.bin"):
+        pixels.transpose(0, 1, 3, 2).tofile(folder / name)  # by columns
+    for name in ("train_y.bin", "test_y.bin"):
+        np.array([1, 2, 3, 10], np.uint8).tofile(folder / name)
+    (folder / "class_names.txt").write_text("\n".join(names[:10]))
+    monkeypatch.setattr(common.STL10, "_check_integrity", lambda self: True)
+    x, y, _, y_test = common.load_images("stl10", tmp_path, 96)
+    assert (x[:4].numpy() == pixels).all() and y.tolist() == [0, 1, 2, 9, -1, -1, -1, -1]
+
+    svhn = SimpleNamespace(data=pixels[:, :, :32, :32], labels=np.array([0, 5, 9, 1]))
+    monkeypatch.setitem(common.BENCHMARKS, "svhn", (lambda *args, **kw: svhn, "train", "test", ""))
+    assert common.load_images("svhn", tmp_path)[1].tolist() == [0, 5, 9, 1]
+    assert common.image_names("svhn", tmp_path)[0] == list("0123456789")
+
+
+@pytest.mark.parametrize("data", ["cifar10", "svhn"])
+def test_what_cannot_be_had_is_a_sentence(data, tmp_path, monkeypatch, capsys):
+    def missing(root, *args, **kwargs):
+        Path(root).mkdir()  # as torchvision does first
+        raise OSError("no network") if data == "cifar10" else ImportError("scipy is not installed")
+
+    monkeypatch.setitem(common.BENCHMARKS, data, (missing, *common.BENCHMARKS[data][1:]))
+    options = ("--data", data, "--data-dir", tmp_path / "data", "--out", tmp_path / "run")
+    sentence = refusal(capsys, fixmatch_scar, *options)
+    assert data in sentence and ("--data synthetic" in sentence or "scipy" in sentence)
+
+
+# ------------------------------------------------------------------------- run_all.sh and its tables
+
+
+def run_all(*options, **variables):
+    environment = {**os.environ, "PYTHON": sys.executable, **variables}
+    command = ["bash", str(HERE / "run_all.sh"), *map(str, options)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def write_result(root, select, seed, before, after, data="CIFAR-10", eps=1.0, **args):
+    """A finished FixMatch run in root, from the theta~ of its fgsm run."""
+    args = {"num_labeled": 40, "depth": 10, "width": 1, "epochs": 2, "steps_per_epoch": 3,
+            "batch_size": 4, "val": 0, "lr": 0.03, "pretrained": None, **args}  # fmt: skip
+    if select != "fgsm":
+        args["pretrained"] = f"elsewhere/fgsm-{seed}/pretrain.pt"
+    counts = {"kept": 50, "kept_correct": 40, "rejected": 50, "rejected_wrong": 30}
+    result = {"method": "fixmatch", "data": data, "select": select, "eps": eps, "seed": seed,
+              "pretrain_accuracy": before, "final_accuracy": after, "selection": counts,
+              "table2": [{"eps": eps, **counts}], "device": "a CPU", "ranks": 1, "seconds": 60,
+              "versions": {"torch": "2.11"}, "args": args}  # fmt: skip
+    folder = root / f"{select}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder / "result.json"
+
+
+def test_tables_of_known_results(tmp_path):
+    for seed, before, scar, control in ((0, 80, 84, 82), (1, 82, 85, 84)):
+        write_result(tmp_path, "fgsm", seed, before, scar)
+        write_result(tmp_path, "none", seed, before, control)
+    write_result(tmp_path, "confidence", 7, 80, 90)  # its theta~ is not there
+    done = run_all(OUT=str(tmp_path), METHODS="")
+    assert done.returncode == 0, done.stderr
+    lines = {line.split("|")[1].strip(): line for line in done.stdout.splitlines() if "|" in line}
+    assert "81.00 ± 1.41 (n = 2)" in lines["FixMatch"] and "94.13" in lines["FixMatch"]
+    scar = lines["FixMatch + SCAR (eps 1)"]
+    assert "84.50 ± 0.71" in scar and "+3.50 ± 0.71" in scar and "+1.50 ± 0.71" in scar
+    assert "80.00" in lines["FixMatch (eps 1)"] and "60.00" in lines["FixMatch (eps 1)"]
+    assert "confidence-7" in done.stdout and "90.00" not in done.stdout
+    assert (tmp_path / "tables.md").read_text().strip() in done.stdout
+
+    write_result(tmp_path / "other", "fgsm", 0, 80, 84, data="CIFAR-10 (JPEG)")
+    write_result(tmp_path / "other", "fgsm", 1, 90, 91, data="CIFAR-10 (JPEG)", lr=0.1)
+    done = run_all(OUT=str(tmp_path / "other"), METHODS="")
+    assert "94.13" not in done.stdout and "80.00 (n = 1)" in done.stdout  # not one mean of both
+    (tmp_path / "other" / "fgsm-1" / "result.json").write_text("{}")
+    done = run_all(OUT=str(tmp_path / "other"), METHODS="")
+    assert done.returncode == 1 and "fgsm-1" in done.stderr and "80.00" in done.stdout
+
+
+def test_results_have_the_tables_of_their_files(tmp_path):
+    text = (HERE / "results" / "README.md").read_text()
+    for folder in ("cpu", "h100"):
+        shutil.copytree(HERE / "results" / folder, tmp_path / folder)
+        done = run_all(OUT=str(tmp_path / folder), METHODS="")
+        assert done.returncode == 0 and done.stdout.strip() in text
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("EPOCHS", "0"), ("EPOCHS", ""), ("SEEDS", ""), ("SEEDS", "*"), ("METHODS", "x"),
+     ("CONTROLS", "x"), ("", "--seed=3")],
+)  # fmt: skip
+def test_run_all_refuses(name, value, tmp_path):
+    out = {"OUT": str(tmp_path / "out")}
+    done = run_all(**out, **{name: value}) if name else run_all(value, **out)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def fake_python(tmp_path, body):
+    """Notes the command lines of the scripts; makes the tables as they are made."""
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/bash\ncase $1 in *tables.py) exit 0 ;; esac\n'
+                    f'echo "$@ gpu=$CUDA_VISIBLE_DEVICES" >> {tmp_path}/log\n{body}\n')  # fmt: skip
+    fake.chmod(0o755)
+    return {"PYTHON": str(fake), "OUT": str(tmp_path / "out")}
+
+
+def test_run_all_runs_scar_and_controls_and_goes_on_after_a_failure(tmp_path):
+    variables = fake_python(tmp_path, "case $1 in *vat*) exit 1 ;; esac")
+    done = run_all("--width", 1, **variables, SEEDS="3", CONTROLS="none confidence eps0")
+    assert done.returncode == 1 and "failed: vat, seed 3" in done.stderr
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert len(lines) == 1 + 4 + 4 and "--eps 6" in lines[0]
+    for i, (select, eps) in enumerate((("fgsm", 1), ("none", 1), ("confidence", 1), ("fgsm", 0))):
+        assert f"--select {select} " in lines[1 + i] and f"--eps {eps} " in lines[1 + i]
+        assert ("out/mixmatch__cifar10__fgsm-eps1__seed3/pretrain.pt" in lines[1 + i]) == (i > 0)
+
+
+def test_run_all_uses_each_gpu(tmp_path):
+    done = run_all(**fake_python(tmp_path, "sleep 0.2"), SEEDS="0 1", GPUS="4 5", METHODS="vat")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert sorted(line.split("gpu=")[1] for line in lines) == ["4", "4", "5", "5"]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_run_all_stopped_ends_its_runs(number, code, tmp_path):
+    environment = {
+        **os.environ,
+        **fake_python(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 60"),
+    }
+    child = subprocess.Popen(["bash", HERE / "run_all.sh"], env=environment, start_new_session=True,
+                             stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
+        time.sleep(0.05)
+    child.send_signal(number)
+    assert b"goes on" in child.communicate(timeout=20)[1] and child.returncode == code
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)

@@ -9,9 +9,6 @@ trains on from there with VAT for as long again (SCAR).
     its control: the same fine-tuning from the same pretraining, nothing added
         python vat_scar.py --eps 6 --epochs 200 --select none \\
             --pretrained runs/vat__cifar10__fgsm-eps6__seed0/pretrain.pt
-    a minute or two on two CPU cores, no download
-        python vat_scar.py --data synthetic --num-labeled 250 --depth 10 --width 1 \\
-            --batch-size 32 --epochs 7 --steps-per-epoch 60
 
 Sources: SCAR is Yang, Kim and Kim, "Improving Performance of Semi-Supervised Learning by
 Adversarial Attacks" (PAPER below); VAT is Miyato et al. 2017, arXiv:1704.03976, with the
@@ -22,6 +19,7 @@ Measured so far at CPU size only (results/README.md); a step takes 5.4 ms on one
 
 import argparse
 import copy
+import csv
 import fcntl
 import importlib
 import io
@@ -48,11 +46,17 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.func import functional_call, grad
 
-from common import WideResNet, fgsm, load_images, split_labeled
+from common import WideResNet, fgsm, image_names, load_images, split_labeled
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 METHOD, TITLE = "vat", "VAT"
-TABLE_NAMES = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG)"}
+TABLE_NAMES = {
+    "cifar10": "CIFAR-10",
+    "cifar10-jpeg": "CIFAR-10 (JPEG)",
+    "cifar100": "CIFAR-100",
+    "svhn": "SVHN",
+    "stl10": "STL-10",
+}
 PAPER_TABLE1 = ("85.25", "86.79")  # accuracy (%) without and with SCAR
 PAPER_TABLE2 = {  # eps: sensitivity, specificity
     1.0: ("92.22 (7587/8227)", "47.10 (835/1773)"),
@@ -85,9 +89,12 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(usage=usage, formatter_class=style, allow_abbrev=False)
     add, whole, count = parser.add_argument, number(0, 2**63 - 1, int), number(1, 10**6, int)
     from0, above0, below1 = number(0, 1e30), number(1e-9, 1e30), number(0, 1 - 1e-9)
-    add("--data", default="cifar10", choices=["cifar10", "folder", "synthetic"], help="images")
-    add("--data-dir", default="data", help="CIFAR-10's place, or a folder with train/ and test/")
-    add("--num-labeled", type=count, default=4000, help="labels, the same number for each class")
+    images = ["cifar10", "cifar100", "svhn", "stl10", "folder", "synthetic"]
+    add("--data", default="cifar10", choices=images, help="images")
+    add("--data-dir", default="data", help="their place; folder: train/, test/, maybe unlabeled/")
+    add("--image-size", type=number(16, 256, int), default=32, help="other images are resized")
+    add("--num-labeled", type=count, help="labels, the same number for each class; None: 4000, or "
+        "all that there are where a folder has unlabeled/")  # fmt: skip
     add("--val", type=whole, default=0, help="score on so many training images, not on the test's")
     add("--seed", type=whole, default=0, help="of the split, the initial weights and every draw")
     add("--depth", type=count, default=28, help="of the WideResNet, 6n + 4")
@@ -224,13 +231,11 @@ def select_clean(model, x, eps):
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     keep, pseudo = [], []
-    for chunk in x.split(500):
-        chunk = to_float(chunk)
-        with torch.no_grad():
-            label = model(chunk).argmax(dim=1)  # line 5
-            attacked = fgsm(model, chunk, label, eps)  # line 6
-            keep.append(model(attacked).argmax(dim=1) == label)  # lines 7 and 8
-        pseudo.append(label)
+    with torch.no_grad():
+        for chunk in map(to_float, x.split(500)):
+            pseudo.append(model(chunk).argmax(dim=1))  # line 5
+            attacked = fgsm(model, chunk, pseudo[-1], eps)  # line 6
+            keep.append(model(attacked).argmax(dim=1) == pseudo[-1])  # lines 7 and 8
     for module, training in modes:
         module.training = training
     return torch.cat(keep), torch.cat(pseudo)
@@ -299,11 +304,6 @@ def batch_loss(model, x_l, y_l, x_u, lambda_u, args):
         )  # fmt: skip
 
 
-def average_decay(step, args):
-    """Decay of the average at step 0, 1, ... of a phase; young, it follows faster."""
-    return min(args.ema_decay, (1 + step) / (10 + step))
-
-
 def update_average(average, model, decay):
     """average = decay * average + (1 - decay) * model, in place, batch-norm statistics too.
 
@@ -333,8 +333,9 @@ def average_over_ranks(tensors):
 # what learns; average is the model that is evaluated, loss is batch_loss, compiled or not
 Learner = namedtuple("Learner", "model average optimizer loss")
 # all on the device: uint8 images [N, 3, H, W] and, int64, their true labels [N] for the report
-# alone, the labels [N] that training knows (-1: none), the pool's indices; the images to score on
-Data = namedtuple("Data", "images truth labels unlabeled x_scored y_scored")
+# alone, the labels [N] that training knows (-1: none), the pool's indices; the images to score on;
+# the names of classes and, of a folder, files
+Data = namedtuple("Data", "images truth labels unlabeled x_scored y_scored classes files")
 
 
 def training_step(learner, data, args, index_l, index_u, lr, lambda_u, decay):
@@ -361,18 +362,23 @@ def training_step(learner, data, args, index_l, index_u, lr, lambda_u, decay):
 # ==================================================================================================
 
 STATEFUL = ("model", "average", "optimizer")
-MAY_CHANGE = {"device", "out", "data_dir", "compile", "tensorboard"}  # when a run goes on
+MAY_CHANGE = {
+    "device",
+    "out",
+    "data_dir",
+    "compile",
+    "tensorboard",
+    "classes",
+}  # when a run goes on
 
 
 def predict(model, x):
     """Logits [N, C] of the model in eval mode for images [N, 3, H, W], uint8 or float."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = model.training
     with torch.no_grad():
-        logits = torch.cat([model(to_float(chunk)) for chunk in x.split(500)])
-    for module, training in modes:
-        module.training = training
-    return logits
+        logits = [model.eval()(to_float(chunk)) for chunk in x.split(500)]
+    model.train(training)
+    return torch.cat(logits)
 
 
 def evaluate(model, x, y):
@@ -423,10 +429,10 @@ def train_epoch(step, learner, data, phase, epoch, args):
     batches_u = draw_batches(data.unlabeled, steps, args.mu * args.batch_size, generator)
     known = torch.nonzero(data.labels >= 0).squeeze(1)
     batches_l = draw_batches(known, steps, args.batch_size, generator)
-    numbers = range((epoch - 1) * steps, epoch * steps)
-    rates = [
-        (*schedule(i, args.epochs * steps, phase, args), average_decay(i, args)) for i in numbers
-    ]
+    rates = []
+    for i in range((epoch - 1) * steps, epoch * steps):
+        decay = min(args.ema_decay, (1 + i) / (10 + i))  # young, the average follows faster
+        rates.append((*schedule(i, args.epochs * steps, phase, args), decay))
     # every process takes its share of each batch
     inputs = batches_l[:, RANK::RANKS], batches_u[:, RANK::RANKS]
     inputs = zip(*inputs, *torch.tensor(rates, device=args.device).unbind(1))
@@ -461,14 +467,14 @@ def train_epoch(step, learner, data, phase, epoch, args):
 
 def print_row(row, args, header):
     """An aligned line for an epoch and the time that is left; header: the names above it."""
-    names = [name for name in row if name not in ("phase", "epoch", "seconds")]
-    if header:
-        print("phase    epoch", *(f"{name:>8}" for name in names), " time left")
-    digits = {"accuracy": 2, "ms_per_step": 1}
-    values = (f"{row[name]:{max(8, len(name))}.{digits.get(name, 4)}f}" for name in names)
     epochs = args.epochs * (2 if row["phase"] == "pretrain" else 1) - row["epoch"]
-    left = timedelta(seconds=round(epochs * args.steps_per_epoch * row["ms_per_step"] / 1000))
-    print(f"{row['phase']} {row['epoch']:5}", *values, f" {left}", flush=True)
+    seconds = round(epochs * args.steps_per_epoch * row["ms_per_step"] / 1000)
+    cells = {"phase": f"{row['phase']:8}", "epoch": f"{row['epoch']:5}"}
+    cells |= {name: f"{row[name]:{max(8, len(name))}.4f}" for name in [*row][2:-1]}
+    cells["time left"] = f"{timedelta(seconds=seconds)!s:>9}"
+    if header:
+        print(*(f"{name:>{len(cell)}}" for name, cell in cells.items()))
+    print(*cells.values(), flush=True)
 
 
 def save(content, path):
@@ -491,12 +497,12 @@ def load(path, *names):
             content = json.loads(path.read_text())
         elif zipfile.ZipFile(path).testzip() is None:  # its checksums are right
             content = torch.load(path, map_location="cpu", weights_only=True)
-        return content if [content[name] for name in names] or not names else None
+        return content if all(content[name] is not content for name in names) else None
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
     except Exception as error:  # of a dozen kinds
-        kind = f"damaged or another kind of file ({type(error).__name__})"
-        raise ValueError(f"{path} is {kind}; delete or replace it") from None
+        problem = f"{path} is damaged or another kind of file ({type(error).__name__})"
+        raise ValueError(f"{problem}; delete or replace it") from None
 
 
 def refuse_changes(begun, given, names, sentence):
@@ -542,18 +548,27 @@ def prepare(args, given, checkpoint):
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; matrix products have it off already
 
-    x, y, *scored = load_images(args.data, args.data_dir)
-    labeled, unlabeled = split_labeled(y, args.num_labeled, args.seed)
+    if RANK > 0:
+        dist.barrier()  # until process 0 has downloaded what was missing
+    x, y, *scored = load_images(args.data, args.data_dir, args.image_size)
+    if RANK == 0 and RANKS > 1:
+        dist.barrier()
+    classes, files, left_out = image_names(args.data, args.data_dir)
+    print(f"{len(classes)} classes: {', '.join(classes)}; left out: {len(left_out)} {left_out[:5]}")
+    if args.num_labeled is None:
+        args.num_labeled = 4000 if args.data != "folder" or y.min() >= 0 else int((y >= 0).sum())
+    labeled, unlabeled = split_labeled(y, args.num_labeled, args.seed, classes)
     if args.val:
-        held_out, rest = split_labeled(y[unlabeled], args.val, args.seed)
+        held_out, rest = split_labeled(y[unlabeled], args.val, args.seed, classes)
         scored = x[unlabeled[held_out]], y[unlabeled[held_out]]
         unlabeled = unlabeled[rest]
     labels = torch.full_like(y, -1)
     labels[labeled] = y[labeled]
-    data = Data(*(tensor.to(args.device) for tensor in (x, y, labels, unlabeled, *scored)))
+    tensors = (tensor.to(args.device) for tensor in (x, y, labels, unlabeled, *scored))
+    data = Data(*tensors, classes, files)
 
     torch.manual_seed(args.seed)
-    model = WideResNet(int(y.max()) + 1, args.depth, args.width)
+    model = WideResNet(len(classes), args.depth, args.width)
     model = model.to(args.device, memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False).eval()
     loss = torch.compile(batch_loss) if args.compile else batch_loss
@@ -584,7 +599,8 @@ def prepare(args, given, checkpoint):
 def select(average, data, args, out):
     """Scores theta~, the averaged model after pretraining, and labels the images that it selects.
 
-    Changes data.labels; writes selection.png; returns what result.json says of theta~.
+    Changes data.labels; writes selection.png. Returns what result.json says of theta~, and its
+    label and confidence for each unlabeled image.
     """
     table2, x, y = [], data.images[data.unlabeled], data.truth[data.unlabeled]
     for eps in sorted({args.eps, *args.table2_eps}):
@@ -597,38 +613,62 @@ def select(average, data, args, out):
     if args.select == "confidence":
         keep = select_confident(logits, int(keep.sum()))
     data.labels[data.unlabeled] = torch.where(keep, pseudo, -1)
-    save_selection(out / "selection.png", x, keep, pseudo, y)
-    stats = {"unlabeled": len(x), **selection_stats(keep, pseudo, y)}
-    print(f"  --select {args.select} labels {int(keep.sum()):,} of the {len(x):,} unlabeled images")
+    save_selection(out / "selection.png", x, keep, pseudo, y, data.classes)
+    stats = {"unlabeled": len(x), "added": int(keep.sum()), "without_label": int((y < 0).sum())}
+    stats |= selection_stats(keep, pseudo, y)
+    print(
+        f"  --select {args.select} labels {stats['added']:,} of the {len(x):,} unlabeled images; "
+        f"{stats['without_label']:,} have no true label and are left out of the report"
+    )
     stats["kept_per_class"] = torch.bincount(pseudo[keep], minlength=logits.shape[1]).tolist()
     accuracy = evaluate(average, data.x_scored, data.y_scored)
-    return {"pretrain_accuracy": accuracy, "table2": table2, "selection": stats}
+    found = {"pretrain_accuracy": accuracy, "table2": table2, "selection": stats}
+    return found, (pseudo, logits.softmax(dim=1).amax(dim=1))
 
 
-def save_selection(path, x, keep, pseudo, y):
+def save_selection(path, x, keep, pseudo, y, classes):
     """A row for each predicted class: up to 8 kept images and 8 rejected ones, drawn at random.
 
-    x: uint8 [N, 3, H, W]; keep: bool [N]; pseudo, y: int64 [N]. Frames: green right, red wrong.
+    x: uint8 [N, 3, H, W]; keep: bool [N]; pseudo, y: int64 [N]. Frames: green where the label is
+    right, red where it is wrong, grey where the true one (-1) is not known.
     """
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
-    names, side = [str(label) for label in range(int(y.max()) + 1)], x.shape[3] + 6
-    left = 12 + round(max(ImageFont.load_default().getlength(name) for name in names))
-    picture = Image.new("RGB", (left + 17 * side, 16 + len(names) * side), "white")
+    side, left = x.shape[3] + 6, 12 + round(max(map(ImageFont.load_default().getlength, classes)))
+    picture = Image.new("RGB", (left + 17 * side, 16 + len(classes) * side), "white")
     pen = ImageDraw.Draw(picture)
     for column, title, group in ((0, "kept", keep), (9, "rejected", ~keep)):
         pen.text((left + column * side, 2), title, "black")
-        for row, name in enumerate(names):
+        for row, name in enumerate(classes):
             pen.text((4, 10 + row * side + side // 2), name, "black")
             for i, n in enumerate(order[(group & (pseudo == row))[order]][:8].tolist()):
                 tile = Image.fromarray(x[n].permute(1, 2, 0).cpu().numpy())
-                tile = ImageOps.expand(tile, 2, "green" if y[n] == row else "red")
-                picture.paste(tile, (left + (column + i) * side, 16 + row * side))
+                colour = "grey" if y[n] < 0 else "green" if y[n] == row else "red"
+                at = left + (column + i) * side, 16 + row * side
+                picture.paste(ImageOps.expand(tile, 2, colour), at)
     picture.save(path)
+
+
+def save_labels(path, data, theta, final):
+    """selection.csv: a row an unlabeled image. theta, final: (label, confidence), each [U]."""
+    kept, text = data.labels[data.unlabeled] >= 0, io.StringIO()
+    columns = [tensor.tolist() for tensor in (data.unlabeled, *theta, kept, *final)]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow("file label confidence kept final_label final_confidence".split())
+    for n, label, confidence, kept, final_label, final_confidence in zip(*columns):
+        file, name, final = (
+            data.files[n] if data.files else n,
+            *map(data.classes.__getitem__, (label, final_label)),
+        )
+        writer.writerow(
+            [file, name, f"{confidence:.6f}", int(kept), final, f"{final_confidence:.6f}"]
+        )
+    save(text.getvalue(), path)
 
 
 def train(learner, data, args, state, out):
     """Both phases, from where the state stands; a checkpoint an epoch. Changes the state."""
-    save(json.dumps(state["given"], indent=1), out / "args.json")
+    settings = {**state["given"], "classes": data.classes}
+    save(json.dumps(settings, indent=1, ensure_ascii=False), out / "args.json")
     save(Path(__file__).read_text(), out / Path(__file__).name)
     header, board = True, None
     if args.tensorboard and RANK == 0:
@@ -636,7 +676,8 @@ def train(learner, data, args, state, out):
     for phase in ("pretrain", "finetune") if state["phase"] == "pretrain" else ("finetune",):
         if phase == "finetune" and state["found"] is None:
             save(learner.average.state_dict(), out / "pretrain.pt")
-            state |= {"phase": phase, "epoch": 0, "found": select(learner.average, data, args, out)}
+            found, theta = select(learner.average, data, args, out)
+            state |= {"phase": phase, "epoch": 0, "found": found, "theta": theta}
             if RANKS > 1:
                 dist.broadcast(data.labels, 0)
             learner.model.load_state_dict(learner.average.state_dict())
@@ -656,6 +697,8 @@ def train(learner, data, args, state, out):
             for name in row.keys() - {"phase", "epoch"} if board else ():
                 board.add_scalar(f"{phase}/{name}", row[name], epoch)
     save(learner.average.state_dict(), out / "model.pt")
+    final = predict(learner.average, data.images[data.unlabeled]).softmax(dim=1).max(dim=1)
+    save_labels(out / "selection.csv", data, state["theta"], (final.indices, final.values))
 
 
 def report(state, args, name, command):
@@ -677,23 +720,23 @@ def report(state, args, name, command):
 
 def print_tables(result, out):
     """The rows of Table 1 and Table 2 that a run measured; on CIFAR-10 beside the paper's."""
-    select, on_cifar10 = result["select"], result["data"] == "CIFAR-10"
-    paper, paper2 = (PAPER_TABLE1, PAPER_TABLE2) if on_cifar10 else (("-", "-"), {})
-    print(f"\nTable 1: {result['scored_on']} accuracy (%) on {result['data']}     here    paper")
-    print(f"{TITLE:46}{result['pretrain_accuracy']:8.2f}{paper[0]:>8}")
+    select, paper = result["select"], (("", ""), {})
+    if result["data"] == "CIFAR-10":
+        paper = [f"   paper: {accuracy}" for accuracy in PAPER_TABLE1], PAPER_TABLE2
     added = {"fgsm": "SCAR", "none": "nothing (control)", "confidence": "most confident"}[select]
-    paper = paper[1] if select == "fgsm" else "-"
-    print(f"{TITLE + ' + ' + added:46}{result['final_accuracy']:8.2f}{paper:>8}")
+    print(f"\nTable 1: {result['scored_on']} accuracy (%) on {result['data']}")
+    print(f"{TITLE:30}{result['pretrain_accuracy']:7.2f}{paper[0][0]}")
+    after = paper[0][1] if select == "fgsm" else ""
+    print(f"{TITLE + ' + ' + added:30}{result['final_accuracy']:7.2f}{after}")
     if select != "none":
-        control = f"{result['command']} --select none --pretrained {out}/pretrain.pt"
-        control += f" --out {out}-control"
-        print(f"What of that the selection did, only the control tells:\n  {control}")
+        control = f"--select none --pretrained {out}/pretrain.pt --out {out}-control"
+        print(f"What the selection did, the control tells:\n  {result['command']} {control}")
     print("\nTable 2     right of kept (sensitivity, %)     wrong of rejected (specificity, %)")
     for row in result["table2"]:
         counts = (row["kept_correct"], row["kept"]), (row["rejected_wrong"], row["rejected"])
         cells = [f"{100 * a / b:.2f} ({a}/{b})" if b else "none (0/0)" for a, b in counts]
-        paper = "   paper: {}, {}".format(*paper2[row["eps"]]) if row["eps"] in paper2 else ""
-        print(f"eps {row['eps']:<8g}{cells[0]:35}{cells[1]}{paper}")
+        cells += ["   paper:", *paper[1][row["eps"]]] if row["eps"] in paper[1] else []
+        print(f"eps {row['eps']:<8g}{cells[0]:35}", *cells[1:])
     print(f"\n{result['ms_per_step']:.1f} ms a step on {result['device']}; files in {out}")
 
 
