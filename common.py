@@ -1,9 +1,4 @@
-"""What the scripts share, and nothing else: the network, the images with their split, and FGSM.
-
-WideResNet     Zagoruyko and Komodakis 2016, wired as in google-research/fixmatch (libml/models.py)
-load_images    a benchmark, a folder, or drawn images; split_labeled chooses the labeled ones
-fgsm           Goodfellow et al. 2015, the attack of SCAR (Algorithm 1, line 6)
-"""
+"""What the scripts share, and nothing else: the network, the images with their split, and FGSM."""
 
 import os
 import re
@@ -21,10 +16,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN
 
 
 class Block(nn.Module):
-    """bn-lrelu-conv-bn-lrelu-conv plus a shortcut, 1x1 where the number of channels changes.
-
-    activate_shortcut, of the network's very first block: the shortcut takes the activated input.
-    """
+    """bn-lrelu-conv-bn-lrelu-conv and a shortcut; the first block's takes the activated input."""
 
     def __init__(self, channels_in, channels_out, stride, activate_shortcut=False):
         super().__init__()
@@ -51,8 +43,8 @@ class WideResNet(nn.Module):
 
     forward: float [N, 3, H, W] in [0, 1] -> logits [N, num_classes]; 1,467,610 parameters at 28-2.
     Raises ValueError for a depth that is not 6n + 4 with n >= 1, or a width below 1.
-    Source: google-research/fixmatch, libml/models.py. Two things differ: batch norm's momentum, here
-    PyTorch's 0.1, and the padding at stride 2, which TensorFlow has at the right and bottom alone.
+    Source: google-research/fixmatch, libml/models.py, but for batch norm's momentum (PyTorch's 0.1)
+    and padding at stride 2 (TensorFlow pads the right and the bottom alone).
     """
 
     def __init__(self, num_classes=10, depth=28, width=2):
@@ -200,7 +192,7 @@ def _read_image(path, size=32):
 
 
 def _draw_shapes(count):
-    """SHAPES of any place, size, angle, colour, contrast: uint8 [count, 3, 32, 32], int64 [count]."""
+    """SHAPES at any place, size, angle, colour: uint8 [count, 3, 32, 32], int64 [count]."""
     rng = np.random.default_rng(0)
 
     def draw(low, high, *shape):
@@ -208,7 +200,7 @@ def _draw_shapes(count):
 
     label = rng.permuted(np.tile(np.arange(10), (count // 10, 1)), axis=1).reshape(-1)
 
-    # u, v: each pixel in the shape's own frame, where the shape fills about [-1, 1] x [-1, 1]
+    # u, v: each pixel in the shape's own frame, which it fills from about -1 to 1
     row, column = np.mgrid[:32, :32].astype(np.float32)
     x, y = column - draw(12.5, 18.5, 1, 1), row - draw(12.5, 18.5, 1, 1)
     angle, size = draw(-0.35, 0.35, 1, 1), draw(8, 13, 1, 1)
@@ -265,10 +257,8 @@ def split_labeled(y, num_labeled, seed, classes=None):
     labeled = torch.zeros(len(y), dtype=torch.bool)
     for label in range(num_classes):
         if counts[label] < quota[label]:
-            raise ValueError(
-                f"class {classes[label] if classes else label} has {counts[label]} images, fewer "
-                f"than its {quota[label]} of --num-labeled {num_labeled}: ask for fewer"
-            )
+            name = f"class {classes[label] if classes else label} has {counts[label]} images"
+            raise ValueError(f"{name}, not {quota[label]}: lower --num-labeled {num_labeled}")
         members = torch.nonzero(y == label).squeeze(1)
         labeled[members[torch.randperm(len(members), generator=generator)[: quota[label]]]] = True
     return torch.nonzero(labeled).squeeze(1), torch.nonzero(~labeled).squeeze(1)

@@ -84,7 +84,6 @@ stop() {
 }
 trap 'stop 130' INT
 trap 'stop 143' TERM
-
 gpus=($GPUS) jobs=() failed=0
 for seed in $SEEDS; do
     for method in $METHODS; do

@@ -1162,7 +1162,7 @@ def test_what_cannot_be_had_is_a_sentence(data, tmp_path, monkeypatch, capsys):
     assert data in sentence and ("--data synthetic" in sentence or "scipy" in sentence)
 
 
-# ------------------------------------------------------------------------- run_all.sh and its tables
+# ------------------------------------------------------------------------ run_all.sh and its tables
 
 
 def run_all(*options, **variables):
@@ -1265,8 +1265,9 @@ def test_run_all_stopped_ends_its_runs(number, code, tmp_path):
         **os.environ,
         **fake_python(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 60"),
     }
-    child = subprocess.Popen(["bash", HERE / "run_all.sh"], env=environment, start_new_session=True,
-                             stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+    command = [sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGINT, "
+               "signal.SIG_DFL); os.execvp('bash', sys.argv[1:])", "bash", HERE / "run_all.sh"]  # fmt: skip
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
         time.sleep(0.05)
     child.send_signal(number)
