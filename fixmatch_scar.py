@@ -668,7 +668,8 @@ def select(average, data, args, out):
     if args.select == "confidence":
         keep = select_confident(logits, int(keep.sum()))
     data.labels[data.unlabeled] = torch.where(keep, pseudo, -1)
-    save_selection(out / "selection.png", x, keep, pseudo, y, data.classes)
+    if RANK == 0:
+        save_selection(out / "selection.png", x, keep, pseudo, y, data.classes)
     stats = {"unlabeled": len(x), "added": int(keep.sum()), "without_label": int((y < 0).sum())}
     stats |= selection_stats(keep, pseudo, y)
     print(

@@ -1,7 +1,6 @@
 """The tests: no network, no GPU; those for CUDA skip themselves where there is none."""
 
 import ast
-import contextlib
 import copy
 import csv
 import importlib
@@ -30,7 +29,6 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
 import fixmatch_scar
@@ -420,6 +418,215 @@ def test_fixmatch_loss_sample_by_sample():
     assert 0.1 < share < 0.9
 
 
+# ------------------------------------------------------------- from the loss to the training step
+
+
+def test_fixmatch_mask_includes_the_threshold():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16, 2))
+    nn.init.zeros_(model[1].weight), nn.init.zeros_(model[1].bias)  # confidence 0.5 exactly
+    x = torch.rand(4, 3, 4, 4)
+    for threshold, rate in ((0.5, 1.0), (0.5001, 0.0)):
+        _, metrics = fixmatch_loss(model, x, torch.tensor([0, 1, 0, 1]), x, x, threshold, 1.0)
+        assert float(metrics["mask_rate"]) == rate
+
+
+@each_script
+def test_batch_loss_hands_each_view_to_its_place(script, monkeypatch):
+    """weak_augment adds 1 and strong_augment 2, so that a view tells where it comes from."""
+    seen = []
+    monkeypatch.setattr(script, "weak_augment", lambda x: x + 1)
+    monkeypatch.setattr(script, "strong_augment", lambda x: x + 2, raising=False)
+    name = f"{script.METHOD}_loss"
+    monkeypatch.setattr(script, name, lambda model, *inputs: seen.extend(inputs))
+    x_l, x_u = (torch.full((4, 3, 8, 8), value, dtype=torch.uint8) for value in (10, 100))
+    script.batch_loss(
+        None, x_l, torch.arange(4), x_u, 0.5, script.parse_args(["--precision", "fp32"])
+    )
+    views = [round(255 * float(x.mean())) for x in seen if torch.is_tensor(x) and x.ndim == 4]
+    assert (
+        views
+        == {"vat": [11, 101], "mixmatch": [11, 101, 101], "fixmatch": [11, 101, 102]}[script.METHOD]
+    )
+    assert seen[1].tolist() == [0, 1, 2, 3] and 0.5 in [v for v in seen if isinstance(v, float)]
+
+
+def test_schedules():
+    args = vat_scar.parse_args([])
+    assert [vat_scar.schedule(i, 10, "pretrain", args)[1] for i in (0, 2, 4, 9)] == pytest.approx(
+        [0, 0.15, 0.3, 0.3]
+    )
+    assert vat_scar.schedule(0, 10, "finetune", args) == (0.002, 0.3)
+    args = mixmatch_scar.parse_args(["--lambda-u", "75"])
+    for i, total, phase, weight in (
+        (0, 100, "pretrain", 0), (50, 100, "pretrain", 75 * 50 / 16384),
+        (50, 100, "finetune", 75 * 150 / 16384), (0, 20000, "finetune", 75),
+    ):  # fmt: skip
+        assert mixmatch_scar.schedule(i, total, phase, args) == pytest.approx((0.002, weight))
+    args = fixmatch_scar.parse_args([])
+    rates = [fixmatch_scar.schedule(i, 16, "finetune", args)[0] for i in (0, 8)]
+    assert rates == pytest.approx([0.03, 0.03 * math.cos(7 * math.pi / 32)])
+
+
+@each_script
+def test_training_step_by_hand(script, images):
+    """Gradient, optimizer with the step's own lr, weight decay, average: two steps of each."""
+    args = script.parse_args(["--precision", "fp32", "--lr", "1"])
+    torch.manual_seed(0)
+    model = WideResNet(10, 10, 1)
+    twin, average = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer = script.make_optimizer(model, args)
+    learner = script.Learner(model, average, optimizer, script.batch_loss)
+    data = SimpleNamespace(images=images[0], labels=images[1])
+    index_l, index_u, lr = torch.arange(4), torch.arange(100, 104), torch.tensor(0.01)
+    expected, state = copy.deepcopy(average.state_dict()), {}
+    for t in (1, 2):
+        torch.manual_seed(t)
+        metrics = script.training_step(
+            learner, data, args, index_l, index_u, lr, torch.tensor(0.5), torch.tensor(0.9)
+        )
+        torch.manual_seed(t)
+        twin.zero_grad()
+        loss, _ = script.batch_loss(
+            twin, images[0][index_l], images[1][index_l], images[0][index_u], 0.5, args
+        )
+        loss.backward()
+        close(metrics["loss"], loss.detach())
+        with torch.no_grad():
+            for name, p in twin.named_parameters():
+                decay = args.weight_decay if p.ndim > 1 else 0.0
+                if script is fixmatch_scar:
+                    gradient = p.grad + decay * p
+                    state[name] = 0.9 * state.get(name, 0) + gradient
+                    p -= 0.01 * (gradient + 0.9 * state[name])
+                else:
+                    p *= 1 - 0.01 * decay
+                    m, v = state.get(name, (0, 0))
+                    m, v = 0.9 * m + 0.1 * p.grad, 0.999 * v + 0.001 * p.grad**2
+                    state[name] = m, v
+                    p -= 0.01 * m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        twin.load_state_dict(model.state_dict() | dict(twin.named_parameters()))  # its statistics
+        close(dict(model.named_parameters()), dict(twin.named_parameters()), rtol=1e-3, atol=1e-4)
+        for name, value in model.state_dict().items():
+            old = expected[name]
+            expected[name] = 0.9 * old + 0.1 * value if value.is_floating_point() else value
+        close(average.state_dict(), expected)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@each_script
+def test_which_forward_moves_the_running_statistics(script, images):
+    """Once a step, in all methods: forwards on other images leave them as they are."""
+    model, args = WideResNet(10, 10, 1), script.parse_args(["--precision", "fp32"])
+    x, y, batch = images[0][:4], images[1][:4], images[0][4:8]
+    script.batch_loss(model, x, y, batch, 0.5, args)
+    moves = 2 if script is fixmatch_scar else 1  # and the weak views
+    assert int(model.bn.num_batches_tracked) == moves
+
+
+@each_script
+def test_loss_compiles_as_one_graph(script, images):
+    """Nothing in it waits for a value: that would break the graph."""
+    args, model = script.parse_args(["--precision", "fp32"]), WideResNet(10, 10, 1)
+    inputs = images[0][:4], images[1][:4], images[0][4:8], torch.tensor(0.5)
+    whole = script is not vat_scar  # whose direction needs a gradient in between
+    compiled = torch.compile(script.batch_loss, fullgraph=whole, backend="aot_eager")
+    loss, _ = compiled(model, *inputs, args)
+    loss.backward()
+    assert loss.isfinite() and model.conv.weight.grad.isfinite().all()
+
+
+@needs_cuda
+@each_script
+def test_captured_step_on_cuda_is_the_step(script, images):
+    """From one state: plain and captured steps move weights, average and statistics alike."""
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+    args = script.parse_args(["--device", "cuda", "--precision", "fp32", "--batch-size", "8"])
+    x, y = images[0].cuda(), images[1].cuda()
+    data, ends = SimpleNamespace(images=x, labels=y), []
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for wrap in (script.capture, lambda function: function):
+            torch.manual_seed(0)
+            model = WideResNet(10, 10, 1).cuda()
+            start = copy.deepcopy(model.state_dict())
+            optimizer = script.make_optimizer(model, args)
+            learner = script.Learner(model, copy.deepcopy(model), optimizer, script.batch_loss)
+            step = wrap(partial(script.training_step, learner, data, args))
+            index_l = torch.arange(8, device="cuda")
+            index_u = torch.arange(100, 100 + 8 * args.mu, device="cuda")
+            numbers = [torch.tensor(v, device="cuda") for v in (0.0, 0.5, 0.9)]
+            for _ in range(3):  # lr 0: warms up without moving the weights
+                step(index_l, index_u, *numbers)
+            model.load_state_dict(start), learner.average.load_state_dict(start)
+            torch.manual_seed(1)
+            loss = float(step(index_l, index_u, numbers[0] + 0.001, *numbers[1:])["loss"])
+            ends.append((loss, model.state_dict(), learner.average.state_dict()))
+    assert ends[0][0] == pytest.approx(ends[1][0], abs=0.05)  # a graph draws its own augmentation
+    for first, second in zip(ends[0][1:], ends[1][1:]):
+        for name in first:
+            assert not first[name].is_floating_point() or not torch.equal(first[name], start[name])
+            close(first[name], second[name], rtol=0.1, atol=0.01)
+
+
+# --------------------------------------------------------------------------------- SCAR's selection
+
+
+class Brightness(nn.Module):
+    """Two classes: whether an image's mean is above one half."""
+
+    def forward(self, x):
+        mean = x.mean(dim=(1, 2, 3)) - 0.5
+        return torch.stack([-mean, mean], dim=1)
+
+
+def test_select_clean_on_a_known_model():
+    values = torch.tensor([0, 120, 126, 127, 128, 129, 135, 255], dtype=torch.uint8)
+    x = values.view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+    for images in (x, x / 255):
+        keep, pseudo = vat_scar.select_clean(Brightness(), images, 3 / 255)
+        assert pseudo.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+        assert keep.tolist() == [True, True, False, False, False, False, True, True]
+    assert vat_scar.select_clean(Brightness(), x, 0.0)[0].all()
+
+
+def test_selection_goes_in_chunks_and_leaves_the_model_alone(images):
+    model = WideResNet(10, 10, 1).train()
+    model.bn.eval()
+    before = copy.deepcopy(model.state_dict())
+    keep, pseudo = vat_scar.select_clean(model, images[0][:510], 4 / 255)
+    again = vat_scar.select_clean(model, images[0][495:510], 4 / 255)
+    assert torch.equal(keep[495:], again[0]) and torch.equal(pseudo[495:], again[1])
+    assert model.training and model.conv.training and not model.bn.training
+    close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_select_confident_takes_the_surest():
+    logits = torch.tensor([[9.0, 0.0, 0.0], [60.0, 1.0, 0.0], [80.0, 0.0, 0.0], [0.0, 0.1, 0.0]])
+    keep = vat_scar.select_confident(logits, 2)  # in float32 both have a confidence of 1
+    assert keep.tolist() == [False, True, True, False]
+
+
+def test_equations_5_and_6():
+    """Table 2's VAT at eps 1: 7587 of 8227, 835 of 1773; images without a label do not count."""
+    keep = torch.arange(10020) < 8227
+    y = torch.zeros(10020, dtype=torch.int64)
+    y[-20:] = -1
+    pseudo = torch.zeros_like(y)
+    pseudo[7587:8227] = 1
+    pseudo[8227 : 8227 + 835] = 1
+    stats = vat_scar.selection_stats(keep, pseudo, y)
+    assert (stats["kept"], stats["rejected"]) == (8227, 1773)
+    assert round(stats["sensitivity"], 2) == 92.22 and round(stats["specificity"], 2) == 47.10
+    nothing = vat_scar.selection_stats(keep & False, pseudo, y)
+    assert math.isnan(nothing["sensitivity"]) and nothing["kept"] == 0
+
+
+def test_draw_batches_takes_each_image_once_a_pass():
+    pool = torch.arange(10, 17)
+    batches = vat_scar.draw_batches(pool, 7, 5, torch.Generator().manual_seed(0)).flatten()
+    for start in range(0, 35, 7):
+        assert batches[start : start + 7].sort().values.equal(pool)
+
+
 # ------------------------------------------------------------------------------------ the whole run
 
 SMALL = (
@@ -522,7 +729,7 @@ def test_fine_tuning_starts_from_theta(script, few_images, tmp_path, monkeypatch
         "update_average",
         lambda a, m, decay: (decays.append(float(decay)), update(a, m, decay)),
     )
-    result = run(script, tmp_path / "scar", "--eps", "1")
+    result = run(script, tmp_path / "scar", "--eps", "8")
     assert decays == pytest.approx(2 * [(1 + t) / (10 + t) for t in range(6)])
     theta = torch.load(tmp_path / "scar" / "pretrain.pt", weights_only=True)
     phase, learner, weights, labels = seen[2]
@@ -531,7 +738,8 @@ def test_fine_tuning_starts_from_theta(script, few_images, tmp_path, monkeypatch
     model = common.WideResNet(10, 10, 1).eval()
     model.load_state_dict(theta)
     labeled, unlabeled = common.split_labeled(y, 100, 0)
-    keep, pseudo = script.select_clean(model, x[unlabeled], 1 / 255)
+    keep, pseudo = script.select_clean(model, x[unlabeled], 8 / 255)
+    assert 5 < keep.sum() < 195
     assert torch.equal(labels[labeled], y[labeled])
     assert torch.equal(labels[unlabeled], torch.where(keep, pseudo, -1))
     assert (seen[0][3] >= 0).sum() == 100 and result["selection"]["kept"] == int(keep.sum())
@@ -540,7 +748,7 @@ def test_fine_tuning_starts_from_theta(script, few_images, tmp_path, monkeypatch
     for select in ("none", "confidence"):
         options = ("--select", select, "--pretrained", tmp_path / "scar" / "pretrain.pt")
         del seen[:]
-        control = run(script, tmp_path / select, "--eps", "1", *options)
+        control = run(script, tmp_path / select, "--eps", "8", *options)
         known = int((seen[0][3] >= 0).sum()) - 100
         assert known == (0 if select == "none" else int(keep.sum()))
         assert control["pretrain_accuracy"] == result["pretrain_accuracy"] and len(seen) == 2
