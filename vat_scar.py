@@ -497,7 +497,9 @@ def load(path, *names):
             content = json.loads(path.read_text())
         elif zipfile.ZipFile(path).testzip() is None:  # its checksums are right
             content = torch.load(path, map_location="cpu", weights_only=True)
-        return content if all(content[name] is not content for name in names) else None
+        for name in names:
+            content[name]  # or it is another kind of file
+        return content
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
     except Exception as error:  # of a dozen kinds
@@ -541,9 +543,9 @@ def prepare(args, given, checkpoint):
     if args.device == "cuda" and not cuda:
         raise ValueError("--device cuda: PyTorch finds no CUDA device; use --device cpu")
     if args.precision == "auto":
-        fast = torch.cuda.is_bf16_supported if args.device == "cuda" else None
-        fast = fast(False) if fast else torch.cpu._is_avx512_bf16_supported()
-        args.precision = "bf16" if fast else "fp32"
+        on_gpu = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        on_cpu = torch.cpu._is_avx512_bf16_supported()
+        args.precision = "bf16" if (on_gpu if args.device == "cuda" else on_cpu) else "fp32"
     args.compile = args.device == "cuda" if args.compile is None else args.compile
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; matrix products have it off already
@@ -554,7 +556,9 @@ def prepare(args, given, checkpoint):
     if RANK == 0 and RANKS > 1:
         dist.barrier()
     classes, files, left_out = image_names(args.data, args.data_dir)
-    print(f"{len(classes)} classes: {', '.join(classes)}; left out: {len(left_out)} {left_out[:5]}")
+    print(f"{len(classes)} classes: {', '.join(classes)}")
+    if left_out:
+        print(f"left out: {len(left_out)} files, {', '.join(left_out[:5])}")
     if args.num_labeled is None:
         args.num_labeled = 4000 if args.data != "folder" or y.min() >= 0 else int((y >= 0).sum())
     labeled, unlabeled = split_labeled(y, args.num_labeled, args.seed, classes)
@@ -562,6 +566,8 @@ def prepare(args, given, checkpoint):
         held_out, rest = split_labeled(y[unlabeled], args.val, args.seed, classes)
         scored = x[unlabeled[held_out]], y[unlabeled[held_out]]
         unlabeled = unlabeled[rest]
+    print(f"{args.num_labeled:,} labels, {len(unlabeled):,} unlabeled images, {len(scored[0]):,} to "
+          f"score on; WRN-{args.depth}-{args.width}, {args.device}, {args.precision}")  # fmt: skip
     labels = torch.full_like(y, -1)
     labels[labeled] = y[labeled]
     tensors = (tensor.to(args.device) for tensor in (x, y, labels, unlabeled, *scored))
