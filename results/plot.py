@@ -1,4 +1,4 @@
-"""Draws the figure of results/README.md from the runs of a folder; needs matplotlib (pip install matplotlib).
+"""Draws the figure of results/README.md from the runs of a folder; needs matplotlib.
 
     python results/plot.py results/cpu results/cpu.svg
 
