@@ -1474,8 +1474,8 @@ def test_run_all_stopped_ends_its_runs(number, code, tmp_path):
         **os.environ,
         **fake_python(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 60"),
     }
-    command = [sys.executable, "-c", "import os, signal, sys; signal.signal(signal.SIGINT, "
-               "signal.SIG_DFL); os.execvp('bash', sys.argv[1:])", "bash", "run_all.sh"]  # fmt: skip
+    command = [sys.executable, "-c", "import os, signal as s, sys; s.signal(s.SIGINT, "
+               "s.SIG_DFL); os.execvp('bash', sys.argv[1:])", "bash", "run_all.sh"]  # fmt: skip
     child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, cwd=HERE)
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
         time.sleep(0.05)
