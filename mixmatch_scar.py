@@ -544,7 +544,7 @@ def prepare(args, given, checkpoint):
         scored = x[unlabeled[held_out]], y[unlabeled[held_out]]
         unlabeled = unlabeled[rest]
     print(f"{args.num_labeled:,} labels, {len(unlabeled):,} unlabeled images, {len(scored[0]):,} "
-          f"to score on; WRN-{args.depth}-{args.width}, {args.device} {args.precision}")  # fmt: skip
+          f"scored; WRN-{args.depth}-{args.width}, {args.device} {args.precision}")  # fmt: skip
     labels = torch.full_like(y, -1)
     labels[labeled] = y[labeled]
     tensors = (tensor.to(args.device) for tensor in (x, y, labels, unlabeled, *scored))
