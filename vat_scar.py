@@ -661,14 +661,10 @@ def save_labels(path, data, theta, final):
     columns = [tensor.tolist() for tensor in (data.unlabeled, *theta, kept, *final)]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow("file label confidence kept final_label final_confidence".split())
-    for n, label, confidence, kept, final_label, final_confidence in zip(*columns):
-        file, name, final = (
-            data.files[n] if data.files else n,
-            *map(data.classes.__getitem__, (label, final_label)),
-        )
-        writer.writerow(
-            [file, name, f"{confidence:.6f}", int(kept), final, f"{final_confidence:.6f}"]
-        )
+    for n, before, confidence, stands, after, final_confidence in zip(*columns):
+        file, names = data.files[n] if data.files else n, data.classes
+        row = [file, names[before], f"{confidence:.6f}", int(stands), names[after]]
+        writer.writerow([*row, f"{final_confidence:.6f}"])
     save(text.getvalue(), path)
 
 
