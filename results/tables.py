@@ -9,7 +9,6 @@ same theta~ (the model after pretraining), known by the name of the run folder t
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -34,14 +33,7 @@ ROWS = {  # in the tables' order
 TITLE = "num_labeled depth width epochs steps_per_epoch batch_size val image_size".split()
 # What changes no result or makes a row of its own; options of earlier versions, where not used.
 FREE = "seed out data_dir device compile tensorboard pretrained table2_eps select eps".split()
-UNUSED = [("reselect", 0), ("true_share", None)]
-
-
-def share(part, whole):
-    """Both, if they can be a part and its whole."""
-    if not 0 <= part <= whole:
-        raise ValueError
-    return part, whole
+UNUSED = [("reselect", 0), ("true_share", None), ("mu", 1)]
 
 
 def read_run(path):
@@ -53,26 +45,17 @@ def read_run(path):
     return {
         "method": run["method"], "name": PAPER[run["method"]][0], "seed": int(run["seed"]),
         "folder": path.parent.name, "theta": Path(args["pretrained"] or path).parent.name,
-        "before": share(run["pretrain_accuracy"], 100)[0], "kind": kind,
-        "after": share(run["final_accuracy"], 100)[0],
+        "before": run["pretrain_accuracy"], "after": run["final_accuracy"], "kind": kind,
         "row": (list(ROWS).index(kind), 0 if kind == "none" else eps, ROWS[kind].format(eps)),
-        "added": share(added["kept_correct"], added["kept"]),
-        "table2": {row["eps"]: (share(row["kept_correct"], row["kept"]),
-                                share(row["rejected_wrong"], row["rejected"]))
-                   for row in run["table2"]},
+        "added": (added["kept_correct"], added["kept"]),
+        "table2": {row["eps"]: ((row["kept_correct"], row["kept"]),
+                                (row["rejected_wrong"], row["rejected"])) for row in run["table2"]},
         "title": (run["data"], *(int(settings[name]) for name in TITLE)),
-        "settings": {name: str(value) for name, value in settings.items()
-                     if name not in FREE and (name, value) not in UNUSED},
+        "choice": {name: str(value) for name, value in settings.items()
+                   if name not in [*TITLE, *FREE] and (name, value) not in UNUSED},
         "where": f"{run['device']}, torch {run['versions']['torch']}",
         "hours": run["seconds"] / 3600,
     }  # fmt: skip
-
-
-def choice(run, theta):
-    """A run's settings that are not the title's, and its theta~'s where they differ."""
-    own, its = run["settings"], theta["settings"]
-    other = {f"theta~ {name}": its[name] for name in its if its[name] != own.get(name)}
-    return {name: own[name] for name in own if name not in TITLE} | other
 
 
 def spread(values, sign=""):
@@ -162,9 +145,8 @@ def main(argv=None):
             runs.append(read_run(path))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             errors.append(f"{path} is damaged or another kind of file ({type(error).__name__})")
-    thetas = {run["folder"]: run for run in runs if run["theta"] == run["folder"]}
-    kept = [{**run, "choice": choice(run, thetas[run["theta"]])} for run in runs
-            if run["theta"] in thetas]  # fmt: skip
+    thetas = {run["folder"] for run in runs if run["theta"] == run["folder"]}
+    kept = [run for run in runs if run["theta"] in thetas]
     titles = sorted({run["title"] for run in kept})
     parts = [tables([run for run in kept if run["title"] == title]) for title in titles]
     left = [f"- left out: {run['folder']}, whose pretraining, {run['theta']}, is not here\n"
@@ -172,9 +154,7 @@ def main(argv=None):
     text = "\n".join([*parts, "".join(left)] if left else parts)
     print(text, end="")
     if kept:
-        partial = out / "tables.md.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, out / "tables.md")
+        (out / "tables.md").write_text(text, encoding="utf-8")
     else:
         errors.append(f"there is no finished run in {out}")
     for sentence in errors:
