@@ -54,12 +54,12 @@ METHOD, TITLE = "fixmatch", "FixMatch"
 def number(low, high, kind=float):
     """An argparse type: a number from low to high."""
 
-    def value(text):
+    def numeric(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, not {text}")
         return kind(text)
 
-    return value
+    return numeric
 
 
 def parse_args(argv=None):
@@ -475,10 +475,10 @@ def load(path):
 def prepare(args, out):
     """(result or None, learner, data, state); settles what is "auto"; ValueError or OSError."""
     given, state = {"method": METHOD, **vars(args)}, {"rows": []}
-    fixed = {out: given.keys() - {"device", "out", "data_dir", "compile", "tensorboard"}}
+    fixed = [(out, given.keys() - {"device", "out", "data_dir", "compile", "tensorboard"})]
     if args.pretrained is not None:
-        fixed[Path(args.pretrained).parent] = {"method", "data", "num_labeled", "seed"}
-    for folder, names in fixed.items():
+        fixed.append((Path(args.pretrained).parent, {"method", "data", "num_labeled", "seed"}))
+    for folder, names in fixed:
         begun = load(folder / "args.json") if (folder / "args.json").exists() else given
         for name in sorted(names):
             if begun.get(name) != given[name]:

@@ -461,9 +461,8 @@ def test_training_step_by_hand(script, images, monkeypatch):
 def test_batch_loss_compiles(script, images):
     """Whole, so that nothing in it waits for a device; but for VAT's direction, a gradient."""
     args, model = script.parse_args(["--precision", "fp32"]), WideResNet(10, 10, 1)
-    compiled = torch.compile(
-        script.batch_loss, fullgraph=script is not vat_scar, backend="aot_eager"
-    )
+    whole = script is not vat_scar
+    compiled = torch.compile(script.batch_loss, fullgraph=whole, backend="aot_eager")
     loss, _ = compiled(model, images[0][:4], images[1][:4], images[0][4:8], torch.tensor(0.5), args)
     loss.backward()
     assert loss.isfinite() and model.conv.weight.grad.isfinite().all()
@@ -697,6 +696,8 @@ def test_refuses_folders_files_and_settings_of_other_runs(few_images, tmp_path, 
     assert "method was fixmatch, now vat" in refusal(capsys, vat_scar, *new)
     assert "seed was 0, now 5" in refusal(capsys, fixmatch_scar, *new, "--seed", 5)
     assert "no weights of this network" in refusal(capsys, fixmatch_scar, *new, "--depth", 16)
+    same = [*SMALL, "--pretrained", mine / "pretrain.pt", "--out", mine]
+    assert "pretrained was None" in refusal(capsys, fixmatch_scar, *same)
     assert not (tmp_path / "new").exists()
 
 
@@ -813,9 +814,7 @@ def test_run_on_a_folder_with_unlabeled_images(tmp_path, capsys):
     root, out = write_photos(tmp_path / "bild er", ("Käfer, rot", "bee")), tmp_path / "run"
     (root / "train" / "bee" / "notes.txt").write_text("notes")
     result = vat_scar.main([*folder_options(root), "--image-size", "30", "--out", str(out)])
-    line = (
-        "2 classes, 12 labels, 10 unlabeled images, 6 scored; files left out: train/bee/notes.txt"
-    )
+    line = "2 classes, 12 labels, 10 unlabeled images, 6 scored; files left out: train/bee/notes"
     assert line in capsys.readouterr().out
     counts, classes = result["selection"], json.loads((out / "args.json").read_text())["classes"]
     assert classes == ["Käfer, rot", "bee"]

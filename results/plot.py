@@ -30,7 +30,7 @@ def read_runs(folder):
         result = json.loads(path.read_text())
         usual = {"vat": (6.0, 0.3), "mixmatch": (1.0, 0.75), "fixmatch": (1.0, 1.0)}
         settings = (result["eps"], result["args"]["lambda_u"])
-        other = result["seed"] or result["args"]["val"] or result["args"]["true_share"]
+        other = result["seed"] or result["args"]["val"] or result["args"].get("true_share")
         if other or result["select"] not in LINES or settings != usual[result["method"]]:
             continue
         with open(path.with_name("metrics.csv"), newline="") as file:
