@@ -1,4 +1,4 @@
-"""MixMatch -> SCAR on CIFAR-10, in one file.
+"""MixMatch -> SCAR (Selecting Clean samples with Adversarial Robustness), in one file.
 
 Pretrains a WideResNet with MixMatch on 4,000 labels; attacks it with FGSM on every unlabeled image;
 adds the images whose predicted label withstands the attack, under that label, to the labeled set;
@@ -71,15 +71,15 @@ def parse_args(argv=None):
     add, whole, count = parser.add_argument, number(0, 2**63 - 1, int), number(1, 10**6, int)
     from0, above0, below1 = number(0, 1e30), number(1e-9, 1e30), number(0, 1 - 1e-9)
     add("--data", default="cifar10", choices="cifar10 cifar100 svhn stl10 folder synthetic".split())
-    add("--data-dir", default="data", help="their place; folder: train/, test/, maybe unlabeled/")
+    add("--data-dir", default="data", help="of the images; folder: train/, test/, maybe unlabeled/")
     add("--image-size", type=number(16, 256, int), default=32, help="other images are resized")
-    add("--num-labeled", type=count, help="None: 4000, or all where a folder has unlabeled/")
+    add("--num-labeled", type=count, help="labels; None: 4000, or all of a folder with unlabeled/")
     add("--val", type=whole, default=0, help="score on so many training images, not on the test's")
     add("--seed", type=whole, default=0, help="of the split, the initial weights and every draw")
     add("--depth", type=count, default=28, help="of the WideResNet, 6n + 4")
     add("--width", type=number(1, 1000, int), default=2, help="of the WideResNet")
     add("--epochs", type=count, default=200, help="of pretraining, and again of fine-tuning")
-    add("--steps-per-epoch", type=count, default=1024, help="training steps an epoch")
+    add("--steps-per-epoch", type=number(2, 10**6, int), default=1024, help="at least two")
     add("--batch-size", type=count, default=64, help="labeled images a step, and unlabeled ones")
     add("--lr", type=above0, default=0.002, help="learning rate")
     add("--weight-decay", type=from0, default=0.02, help="w *= 1 - lr * this, conv and linear")
@@ -88,7 +88,7 @@ def parse_args(argv=None):
     add("--temperature", type=above0, default=0.5, help="sharpens guesses: p^(1/T), rescaled")
     add("--alpha", type=from0, default=0.75, help="of MixUp's Beta(alpha, alpha); 0: no MixUp")
     add("--eps", type=number(0, 255), default=1.0, help="FGSM's step in 1/255; 0 keeps every image")
-    add("--select", default="fgsm", choices=["fgsm", "none", "confidence"], help="images to add")
+    add("--select", default="fgsm", choices=["fgsm", "none", "confidence"], help="none: control")
     add("--table2-eps", type=number(0, 255), nargs="+", default=[1.0, 2.0, 3.0, 4.0, 6.0])
     add("--pretrained", metavar="PATH", help="start at the selection, from this pretrain.pt")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if present")
@@ -191,7 +191,7 @@ def select_clean(model, x, eps):
     with torch.no_grad():
         for chunk in map(to_float, x.split(500)):
             pseudo.append(model(chunk).argmax(dim=1))  # line 5
-            attacked = fgsm(model, chunk, pseudo[-1], eps)  # line 6
+            attacked = fgsm(model, chunk, pseudo[-1], eps)  # line 6; it enables gradients itself
             keep.append(model(attacked).argmax(dim=1) == pseudo[-1])  # lines 7 and 8
     return torch.cat(keep), torch.cat(pseudo)
 
@@ -229,7 +229,7 @@ def make_optimizer(model, args):
 
 
 def schedule(step, total_steps, phase, args):
-    """(lr, lambda_u) at a step of a phase: constant; rises over 16,384 steps, fine-tuning's too."""
+    """(lr, lambda_u) at a step: lr as it is; lambda_u rises over 16,384 steps, of both phases."""
     done = step + (total_steps if phase == "finetune" else 0)
     return args.lr, min(1.0, done / 16384) * args.lambda_u
 
@@ -280,7 +280,7 @@ def training_step(learner, data, args, index_l, index_u, lr, lambda_u, decay):
     average_over_ranks([p.grad for p in learner.model.parameters()])
     for group in learner.optimizer.param_groups:
         group["lr"] = lr
-        group["capturable"] = lr.is_cuda and torch.cuda.is_current_stream_capturing()  # Adam asks
+        group["capturable"] = lr.is_cuda and torch.cuda.is_current_stream_capturing()  # for Adam
     learner.optimizer.step()
     learner.optimizer.zero_grad()
     update_average(learner.average, learner.model, decay)
@@ -339,7 +339,7 @@ def train_epoch(step, learner, data, phase, epoch, args):
     generator = torch.Generator(args.device).manual_seed(int(seeds[1]))
     batches_u = draw_batches(data.unlabeled, steps, args.mu * args.batch_size, generator)
     batches_l = draw_batches((data.labels >= 0).nonzero()[:, 0], steps, args.batch_size, generator)
-    rates = []
+    rates = []  # lr, lambda_u and the average's decay, of each step
     for i in range((epoch - 1) * steps, epoch * steps):
         decay = min(args.ema_decay, (1 + i) / (10 + i))  # young, the average follows faster
         rates.append((*schedule(i, args.epochs * steps, phase, args), decay))
@@ -388,16 +388,16 @@ def load(path):
 
 
 def prepare(args, out):
-    """(result or None, learner, data, state); settles what is "auto"; ValueError or OSError."""
+    """All that precedes training: a finished run's result or None, then learner, data, state."""
     given, state = {"method": METHOD, **vars(args)}, {"rows": []}
-    fixed = [(out, given.keys() - {"device", "out", "data_dir", "compile", "tensorboard"})]
+    must_match = [(out, given.keys() - {"device", "out", "data_dir", "compile", "tensorboard"})]
     if args.pretrained is not None:
-        fixed.append((Path(args.pretrained).parent, {"method", "data", "num_labeled", "seed"}))
-    for folder, names in fixed:
-        begun = load(folder / "args.json") if (folder / "args.json").exists() else given
+        must_match.append((Path(args.pretrained).parent, {"method", "data", "num_labeled", "seed"}))
+    for folder, names in must_match:
+        saved = load(folder / "args.json") if (folder / "args.json").exists() else given
         for name in sorted(names):
-            if begun.get(name) != given[name]:
-                change = f"{name} was {begun.get(name)}, now {given[name]}"
+            if saved.get(name) != given[name]:
+                change = f"{name} was {saved.get(name)}, now {given[name]}"
                 raise ValueError(f"{folder} is of another run ({change}): choose another folder")
     if [*out.glob("*")] and not [*out.glob("args.json*")]:
         raise ValueError(f"{out} is not empty and holds no run; choose another --out")
@@ -436,7 +436,7 @@ def prepare(args, out):
     if (out / "checkpoint.pt").exists():
         state = load(out / "checkpoint.pt")
         data.labels.copy_(state["labels"])
-        for part, saved in zip(learner, state["learner"]):
+        for part, saved in zip(learner, state["learner"]):  # model, average, optimizer
             part.load_state_dict(saved)
     elif args.pretrained is not None:
         try:
@@ -460,7 +460,7 @@ def select(average, data, args, out):
     if args.select == "confidence":
         keep = select_confident(logits, int(keep.sum()))
     keep &= args.select != "none"  # the control adds nothing
-    data.labels[data.unlabeled] = torch.where(keep, pseudo, -1)
+    data.labels[data.unlabeled] = torch.where(keep, pseudo, -1)  # they stay in the pool too
     if RANKS > 1:
         dist.broadcast(data.labels, 0)
     stats = {"unlabeled": len(x), "added": int(keep.sum()), **selection_stats(keep, pseudo, y)}
@@ -473,7 +473,7 @@ def select(average, data, args, out):
 
 
 def save_selection(path, x, keep, pseudo, y, classes):
-    """A row a predicted class: 8 kept and 8 rejected images, in green if it is right, red if not."""
+    """A row a class: 8 kept, 8 rejected images; green: label right, red: wrong, grey: not known."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
     side, left = x.shape[3] + 6, 12 + round(max(map(ImageFont.load_default().getlength, classes)))
     picture = Image.new("RGB", (left + 17 * side, 16 + len(classes) * side), "white")
@@ -508,25 +508,25 @@ def train(learner, data, state, args, out, name):
             row = train_epoch(step, learner, data, phase, epoch, args)
             state |= {"rows": [*state["rows"], row], "labels": data.labels}
             state["learner"] = [part.state_dict() for part in learner[:3]]
-            lines = [row, *(row.values() for row in state["rows"])]
+            lines = [row.keys(), *(row.values() for row in state["rows"])]
             text = "".join(",".join(map(str, line)) + "\n" for line in lines)
             save(text, out / "metrics.csv")  # first: after a kill it is ahead, never behind
             save(state, out / "checkpoint.pt")
-            numbers = [f"{name} {row[name]:.4f}" for name in [*row][3:-1]]
+            numbers = [f"{key} {row[key]:.4f}" for key in [*row][3:-1]]
             steps = (len(phases) * args.epochs - len(state["rows"])) * args.steps_per_epoch
             left = f"{steps * row['ms_per_step'] / 60000:.1f} min left"
             print(f"{phase:8} {epoch:3}", *numbers, left, sep="  ", flush=True)
-            for name in [*row][2:] if board else ():
-                board.add_scalar(f"{phase}/{name}", row[name], epoch)
+            for key in [*row][2:] if board else ():
+                board.add_scalar(f"{phase}/{key}", row[key], epoch)
     save(learner.average.state_dict(), out / "model.pt")
     final = predict(learner.average, data.images[data.unlabeled]).softmax(dim=1).max(dim=1)
     kept, names, text = data.labels[data.unlabeled] >= 0, data.classes, io.StringIO()
     columns = data.unlabeled, *state["theta"], kept, final.indices, final.values
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow("file label confidence kept final_label final_confidence".split())
-    for n, a, p, k, b, q in zip(*(column.tolist() for column in columns)):
+    for n, old, p, stands, new, q in zip(*(column.tolist() for column in columns)):
         file = data.files[n] if data.files else n
-        writer.writerow([file, names[a], f"{p:.6f}", int(k), names[b], f"{q:.6f}"])
+        writer.writerow([file, names[old], f"{p:.6f}", int(stands), names[new], f"{q:.6f}"])
     save(text.getvalue(), out / "selection.csv")
     ms, gpu = float(np.median([row["ms_per_step"] for row in state["rows"]])), args.device == "cuda"
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
@@ -548,7 +548,7 @@ def train(learner, data, state, args, out, name):
 
 def main(argv=None):
     """Does what the command line says, or goes on with it; returns what result.json holds."""
-    args, code = parse_args(argv), 2  # the exit code of an error: refused
+    args, code = parse_args(argv), 2  # the exit code: 2 refused before training, 1 failed in it
     name = Path(args.data_dir).resolve().name if args.data == "folder" else args.data
     args.out = args.out or f"runs/{METHOD}__{name}__{args.select}-eps{args.eps:g}__seed{args.seed}"
     name = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG)"}.get(name, name)
@@ -560,7 +560,7 @@ def main(argv=None):
             with open(out / "lock", "a") as lock, torch.cuda.stream(stream):
                 if RANK == 0:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                code = 1  # from here on: failed
+                code = 1
                 result = train(*run, args, out, name)
     except (KeyboardInterrupt, SystemExit) as end:
         code, sentence = getattr(end, "code", 130), "stopped; the same command goes on"
