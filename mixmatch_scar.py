@@ -425,7 +425,7 @@ def prepare(args, out):
     labels = torch.full_like(y, -1).scatter(0, labeled, y[labeled])
     data = Data(*(t.to(args.device) for t in (x, y, labels, unlabeled, *scored)), classes, files)
     print(f"{len(classes)} classes, {len(labeled):,} labels, {len(unlabeled):,} unlabeled images, "
-          f"{len(scored[0]):,} scored; files left out: {', '.join(left_out) or 'none'}")  # fmt: skip
+          f"{len(scored[0]):,} scored, {len(left_out)} files left out {left_out[:5]}")  # fmt: skip
 
     torch.manual_seed(args.seed)
     model = WideResNet(len(classes), args.depth, args.width)

@@ -816,7 +816,7 @@ def test_run_on_a_folder_with_unlabeled_images(tmp_path, capsys):
     root, out = write_photos(tmp_path / "bild er", ("Käfer, rot", "bee")), tmp_path / "run"
     (root / "train" / "bee" / "notes.txt").write_text("notes")
     result = vat_scar.main([*folder_options(root), "--image-size", "30", "--out", str(out)])
-    line = "2 classes, 12 labels, 10 unlabeled images, 6 scored; files left out: train/bee/notes"
+    line = "2 classes, 12 labels, 10 unlabeled images, 6 scored, 1 files left out ['train/bee/notes"
     assert line in capsys.readouterr().out
     counts, classes = result["selection"], json.loads((out / "args.json").read_text())["classes"]
     assert classes == ["Käfer, rot", "bee"]
