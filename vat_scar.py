@@ -415,7 +415,7 @@ def prepare(args, out):
             if saved.get(name) != given[name]:
                 change = f"{name} was {saved.get(name)}, now {given[name]}"
                 raise ValueError(f"{folder} is of another run ({change}): choose another folder")
-    if [*out.glob("*")] and not [*out.glob("args.json*")]:
+    if [*out.glob("*")] and not [*out.glob("args.json*"), *out.glob("lock")]:
         raise ValueError(f"{out} is not empty and holds no run; choose another --out")
     if (out / "result.json").exists():
         return load(out / "result.json"), None, None, None
@@ -460,9 +460,7 @@ def prepare(args, out):
         except (RuntimeError, TypeError):
             raise ValueError(f"{args.pretrained} holds no weights of this network") from None
     out.mkdir(parents=True, exist_ok=True)
-    save(json.dumps({**given, "classes": classes}, indent=1), out / "args.json")
-    save(Path(__file__).read_text(), out / Path(__file__).name)
-    return None, learner, data, state
+    return None, learner, data, state | {"settings": {**given, "classes": classes}}
 
 
 def select(average, data, args, out):
@@ -508,6 +506,8 @@ def save_selection(path, x, keep, pseudo, y, classes):
 
 def train(learner, data, state, args, out, name):
     """Both phases from where the state stands, then the files of a finished run; the result."""
+    save(json.dumps(state["settings"], indent=1), out / "args.json")
+    save(Path(__file__).read_text(), out / Path(__file__).name)
     board, phases = None, ["pretrain", "finetune"] if args.pretrained is None else ["finetune"]
     if args.tensorboard and RANK == 0:
         board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out)
@@ -583,7 +583,7 @@ def main(argv=None):
     except BlockingIOError:
         sentence = f"error: {out} is in use by another process; let it end, or stop it"
     except (ValueError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
-        if code == 1 and type(error) in (ValueError, RuntimeError):
+        if code == 1 and type(error) in (ValueError, RuntimeError) and "alloc" not in str(error):
             raise  # a mistake in the code: its traceback helps
         where = f"; files in {out}" if code == 1 else ""
         sentence = f"error: {' '.join(str(error).partition('Traceback')[0].split())}{where}"
