@@ -315,7 +315,7 @@ def schedule(step, total_steps, phase, args):
 
 
 def batch_loss(model, x_l, y_l, x_u, lambda_u, args):
-    """FixMatch on stored uint8 images: augments, then fixmatch_loss. torch.compile compiles this."""
+    """FixMatch on uint8 images: augments, then fixmatch_loss. torch.compile compiles this."""
     weak, strong = weak_augment(x_u), strong_augment(x_u)
     x_l, weak, strong = to_float(weak_augment(x_l)), to_float(weak), to_float(strong)
     with torch.autocast(x_l.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -465,7 +465,7 @@ def load(path):
             raise ValueError("wrong checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a dozen kinds
-        raise ValueError(f"cannot read {path}: it is missing or damaged ({error!r})") from None
+        raise ValueError(f"cannot read {path}; replace or delete it ({error!r})") from None
 
 
 def prepare(args, out):

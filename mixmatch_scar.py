@@ -235,7 +235,7 @@ def schedule(step, total_steps, phase, args):
 
 
 def batch_loss(model, x_l, y_l, x_u, lambda_u, args):
-    """MixMatch on stored uint8 images: augments, then mixmatch_loss. torch.compile compiles this."""
+    """MixMatch on uint8 images: augments, then mixmatch_loss. torch.compile compiles this."""
     x_l, x_u1, x_u2 = (to_float(weak_augment(x)) for x in (x_l, x_u, x_u))
     with torch.autocast(x_l.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         return mixmatch_loss(model, x_l, y_l, x_u1, x_u2, args.temperature, args.alpha, lambda_u)
@@ -384,7 +384,7 @@ def load(path):
             raise ValueError("wrong checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a dozen kinds
-        raise ValueError(f"cannot read {path}: it is missing or damaged ({error!r})") from None
+        raise ValueError(f"cannot read {path}; replace or delete it ({error!r})") from None
 
 
 def prepare(args, out):

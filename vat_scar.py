@@ -248,7 +248,7 @@ def schedule(step, total_steps, phase, args):
 
 
 def batch_loss(model, x_l, y_l, x_u, lambda_u, args):
-    """VAT on stored uint8 images: augments, then vat_loss. torch.compile compiles this."""
+    """VAT on uint8 images: augments, then vat_loss. torch.compile compiles this."""
     x_l, x_u = to_float(weak_augment(x_l)), to_float(weak_augment(x_u))
     with torch.autocast(x_l.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         return vat_loss(
@@ -400,7 +400,7 @@ def load(path):
             raise ValueError("wrong checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a dozen kinds
-        raise ValueError(f"cannot read {path}: it is missing or damaged ({error!r})") from None
+        raise ValueError(f"cannot read {path}; replace or delete it ({error!r})") from None
 
 
 def prepare(args, out):
