@@ -1,7 +1,6 @@
 """What the scripts share, and nothing else: the network, the images with their split, and FGSM."""
 
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -53,7 +52,8 @@ class WideResNet(nn.Module):
             raise ValueError(
                 f"depth must be 6n + 4 (10, 16, ...), width 1 or more: {depth}, {width}"
             )
-        channels, blocks = 16, []
+        channels = 16
+        blocks = []
         for group in range(3):
             for i in range((depth - 4) // 6):
                 stride = 2 if group > 0 and i == 0 else 1
@@ -103,23 +103,24 @@ def load_images(data, data_dir, size=32):
     """
     if data == "synthetic":
         x, y = _draw_shapes(7000)
-        parts = (x[:6000], y[:6000]), (x[6000:], y[6000:])
+        x_train, y_train, x_test, y_test = x[:6000], y[:6000], x[6000:], y[6000:]
     elif data == "folder":
-        parts = [zip(*part) for part in _list_folder(Path(data_dir))[1:3]]
+        _, train, test, _ = _list_folder(Path(data_dir))
+        x_train, y_train = _read_files(data_dir, train, size)
+        x_test, y_test = _read_files(data_dir, test, size)
     elif data in BENCHMARKS:
-        parts = [_read_benchmark(data, data_dir, test)[:2] for test in (False, True)]
+        x_train, y_train, _ = _read_benchmark(data, data_dir, test=False)
+        x_test, y_test, _ = _read_benchmark(data, data_dir, test=True)
     else:
         raise ValueError(f"unknown data {data}: choose {', '.join(BENCHMARKS)}, folder, synthetic")
-    images = []
-    for x, y in parts:
-        if data == "folder":
-            x = [_read_image(Path(data_dir, name), size) for name in x]
-        x = torch.from_numpy(np.asarray(x))
-        x = x.permute(0, 3, 1, 2) if x.shape[3] == 3 else x
-        if x.shape[2:] != (size, size):
-            x = F.interpolate(x, (size, size), mode="bicubic", antialias=True)
-        images += x.contiguous(), torch.as_tensor(y, dtype=torch.int64)
-    return tuple(images)
+    return _resize(x_train, size), y_train, _resize(x_test, size), y_test
+
+
+def _resize(x, size):
+    """uint8 [N, 3, H, W] -> uint8 [N, 3, size, size]."""
+    if x.shape[2:] == (size, size):
+        return x
+    return F.interpolate(x, (size, size), mode="bicubic", antialias=True)
 
 
 def image_names(data, data_dir):
@@ -128,14 +129,18 @@ def image_names(data, data_dir):
     if data == "folder":
         classes, train, _, left_out = _list_folder(Path(data_dir))
         return classes, [name for name, _ in train], left_out
-    return SHAPES if data == "synthetic" else _read_benchmark(data, data_dir, True)[2], [], []
+    if data == "synthetic":
+        return SHAPES, [], []
+    _, _, classes = _read_benchmark(data, data_dir, test=True)
+    return classes, [], []
 
 
 def _read_benchmark(data, data_dir, test):
-    kind, *words, archive = BENCHMARKS[data]
+    """Returns (x, y, classes) of torchvision's data set, which is downloaded when it is missing."""
+    kind, train_word, test_word, archive = BENCHMARKS[data]
     is_new = not Path(data_dir).exists()
     try:
-        dataset = kind(data_dir, words[test], download=True)
+        dataset = kind(data_dir, test_word if test else train_word, download=True)
     except ImportError as error:
         raise ValueError(f"--data {data}: {error}; install it, for instance with pip") from None
     except (OSError, RuntimeError) as error:
@@ -145,8 +150,12 @@ def _read_benchmark(data, data_dir, test):
             f"{data} is not in {data_dir} and could not be downloaded ({error}): put {archive} "
             "there, or use --data folder with your own images, or --data synthetic without a file"
         ) from None
-    labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
-    return dataset.data, labels, getattr(dataset, "classes", list("0123456789"))  # SVHN has none
+    x = torch.from_numpy(dataset.data)
+    if x.shape[3] == 3:  # CIFAR's channels come last
+        x = x.permute(0, 3, 1, 2).contiguous()
+    y = dataset.targets if hasattr(dataset, "targets") else dataset.labels
+    y = torch.as_tensor(y, dtype=torch.int64)
+    return x, y, getattr(dataset, "classes", list("0123456789"))  # SVHN's digits have no names
 
 
 def _list_folder(root):
@@ -167,7 +176,8 @@ def _list_folder(root):
     for part, label, folder in folders:
         count = len(images[part])
         for path in sorted(folder.rglob("*"), key=os.path.split):
-            name, file = path.relative_to(root).as_posix(), os.path.realpath(path)
+            name = path.relative_to(root).as_posix()
+            file = os.path.realpath(path)
             if "/." in name or (path.is_dir() and not path.is_symlink()):
                 continue  # hidden, or a folder whose files come by themselves
             if path.is_dir() or path.suffix.lower() not in IMAGE_KINDS or file in images[part]:
@@ -176,14 +186,21 @@ def _list_folder(root):
                 images[part][file] = name, label
         if len(images[part]) == count:
             raise ValueError(f"{folder} has no image: put some there, or take the folder out")
-    return names, *(list(images[part].values()) for part in images), left_out
+    return names, list(images["train"].values()), list(images["test"].values()), left_out
 
 
-def _read_image(path, size=32):
+def _read_files(root, files, size):
+    """Returns uint8 [N, 3, size, size] and int64 [N] for a list of (path below root, label)."""
+    x = np.stack([_read_image(Path(root, name), size) for name, _ in files])
+    y = torch.tensor([label for _, label in files])
+    return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), y
+
+
+def _read_image(path, size):
+    """uint8 array [size, size, 3] in RGB; ValueError where Pillow cannot read the file as that."""
     try:
         with Image.open(path) as image:
-            deep = re.search(r"^[IF]|;16[BLN]|'RGB', (511|\d{4})", f"{image.mode} {image.tile}")
-            if deep:  # Pillow would keep the high byte, or cut values off at 255
+            if image.mode.startswith(("I", "F")):  # Pillow would cut values off at 255
                 raise ValueError("more than 8 bits a channel")
             image = ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow has a dozen kinds for a damaged file
@@ -271,28 +288,21 @@ def fgsm(model, x, y, eps):
     """One signed-gradient step away from label y, within eps of x.
 
     x: float32 [N, 3, H, W] in [0, 1]; y: int64 [N]; eps: on the scale of x. Returns x_adv like x.
-    The model (not a compiled one) runs in eval mode, in float32 without TF32 or autocast, and comes
-    back as it was: the mode of every submodule, batch-norm statistics, parameters' gradients.
+    The model (not a compiled one) runs in eval mode and without autocast, and comes back as it was:
+    the mode of every submodule, batch-norm statistics, gradients of the parameters. The caller
+    switches TF32 off (torch.backends.cudnn.allow_tf32), which would turn signs of small gradients.
     Source: PAPER, equation 3 with one step of alpha = eps from x (Algorithm 1, line 6).
     """
-    modes = [(module, module.training) for module in model.modules()]
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    precisions = [backend.fp32_precision for backend in backends]
-    try:
-        model.eval()
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            x = x.detach().requires_grad_()
-            logits = model(x)
-            # Cross-entropy's gradient is 1 - p(y) times that of this margin: the same sign, but it
-            # does not vanish where p(y) rounds to 1. Summed, so that images do not share a scale.
-            others = logits.scatter(1, y[:, None], -torch.inf).logsumexp(dim=1)
-            margin = others - logits.gather(1, y[:, None]).squeeze(1)
-            (gradient,) = torch.autograd.grad(margin.sum(), x)
-    finally:
-        for module, training in modes:
-            module.training = training
-        for backend, precision in zip(backends, precisions):
-            backend.fp32_precision = precision
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        x = x.detach().requires_grad_()
+        logits = model(x)
+        # Cross-entropy's gradient is 1 - p(y) times that of this margin: the same sign, but it does
+        # not vanish where p(y) rounds to 1. Summed, so that images do not share a scale.
+        others = logits.scatter(1, y[:, None], -torch.inf).logsumexp(dim=1)
+        margin = others - logits.gather(1, y[:, None])[:, 0]
+        (gradient,) = torch.autograd.grad(margin.sum(), x)
+    for module, training in modes.items():
+        module.training = training
     return (x.detach() + eps * gradient.sign()).clamp(0, 1)

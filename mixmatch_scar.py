@@ -1,9 +1,9 @@
 """MixMatch -> SCAR (Selecting Clean samples with Adversarial Robustness), in one file.
 
-Pretrains a WideResNet with MixMatch on 4,000 labels; attacks it with FGSM on every unlabeled image;
-adds the images whose predicted label withstands the attack, under that label, to the labeled set;
-trains on from there with MixMatch for as long again (SCAR). The second command is the control: the
-same fine-tuning from the same pretraining, with nothing added.
+Pretrains a WideResNet with MixMatch on 4,000 labels. Then SCAR: the pretrained model labels every
+unlabeled image, and FGSM attacks it; the images whose label withstands the attack join the labeled
+set under that label, and MixMatch trains on from there for as long again. The second command is
+the control: the same fine-tuning from the same pretraining, with nothing added.
 
     python mixmatch_scar.py --eps 1 --epochs 200
     python mixmatch_scar.py --eps 1 --epochs 200 --select none \\
@@ -18,86 +18,140 @@ H100 (4.1 ms a step): 78.56 % after MixMatch, 80.74 % with SCAR, 79.74 % in the 
 import argparse
 import copy
 import csv
-import fcntl
-import importlib
 import io
 import json
 import math
 import os
 import platform
 import shlex
-import signal
 import sys
 import time
-import zipfile
-from collections import namedtuple
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+import torchvision
+from PIL import Image, ImageDraw, ImageFont
 from torch.func import functional_call
 
 from common import WideResNet, fgsm, image_names, load_images, split_labeled
 
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
-METHOD, TITLE = "mixmatch", "MixMatch"
+METHOD = "mixmatch"
+TITLE = "MixMatch"
 
-# ==================================================================================================
-# The method: arguments, augmentation, MixMatch's loss, SCAR's selection, the training step
-# ==================================================================================================
+# torchrun starts several processes and tells each how many they are and which one it is
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
 
-
-def number(low, high, kind=float):
-    """An argparse type: a number from low to high."""
-
-    def numeric(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, not {text}")
-        return kind(text)
-
-    return numeric
+# ---------------------------------------------------------------------------------------- Arguments
 
 
 def parse_args(argv=None):
-    """The command line; exits with code 2 and a sentence where it makes no sense."""
-    style = argparse.ArgumentDefaultsHelpFormatter
-    usage = "%(prog)s [--option value ...]   (--help lists the options)"
-    parser = argparse.ArgumentParser(usage=usage, formatter_class=style, allow_abbrev=False)
-    add, whole, count = parser.add_argument, number(0, 2**63 - 1, int), number(1, 10**6, int)
-    from0, above0, below1 = number(0, 1e30), number(1e-9, 1e30), number(0, 1 - 1e-9)
-    add("--data", default="cifar10", choices="cifar10 cifar100 svhn stl10 folder synthetic".split())
-    add("--data-dir", default="data", help="of the images; folder: train/, test/, maybe unlabeled/")
-    add("--image-size", type=number(16, 256, int), default=32, help="other images are resized")
-    add("--num-labeled", type=count, help="labels; None: 4000, or all of a folder with unlabeled/")
-    add("--val", type=whole, default=0, help="score on so many training images, not on the test's")
-    add("--seed", type=whole, default=0, help="of the split, the initial weights and every draw")
-    add("--depth", type=count, default=28, help="of the WideResNet, 6n + 4")
-    add("--width", type=number(1, 1000, int), default=2, help="of the WideResNet")
-    add("--epochs", type=count, default=200, help="of pretraining, and again of fine-tuning")
-    add("--steps-per-epoch", type=number(2, 10**6, int), default=1024, help="at least two")
-    add("--batch-size", type=count, default=64, help="labeled images a step, and unlabeled ones")
-    add("--lr", type=above0, default=0.002, help="learning rate")
-    add("--weight-decay", type=from0, default=0.02, help="w *= 1 - lr * this, conv and linear")
-    add("--ema-decay", type=below1, default=0.999, help="decay of the evaluated, averaged model")
-    add("--lambda-u", type=from0, default=0.75, help="weight of the unlabeled loss, after its ramp")
-    add("--temperature", type=above0, default=0.5, help="sharpens guesses: p^(1/T), rescaled")
-    add("--alpha", type=from0, default=0.75, help="of MixUp's Beta(alpha, alpha); 0: no MixUp")
-    add("--eps", type=number(0, 255), default=1.0, help="FGSM's step in 1/255; 0 keeps every image")
-    add("--select", default="fgsm", choices=["fgsm", "none", "confidence"], help="none: control")
-    add("--table2-eps", type=number(0, 255), nargs="+", default=[1.0, 2.0, 3.0, 4.0, 6.0])
-    add("--pretrained", metavar="PATH", help="start at the selection, from this pretrain.pt")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if present")
-    add("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 if fast")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; None: if on CUDA")
-    add("--tensorboard", action="store_true", help="write TensorBoard events as well")
-    add("--out", help="run folder; None: runs/<method>__<data>__<select>-eps<eps>__seed<seed>")
-    parser.set_defaults(mu=1)  # unlabeled images a step, in batch sizes
-    return parser.parse_args(argv)
+    """The command line; a bad one ends the program with a sentence and exit code 2."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--option value ...]   (--help lists the options)",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    option = parser.add_argument
+    data_sets = ["cifar10", "cifar100", "svhn", "stl10", "folder", "synthetic"]
+    option("--data", default="cifar10", choices=data_sets, help="which images to train on")
+    option("--data-dir", default="data", help="where the images are, or are downloaded to")
+    option("--image-size", type=int, default=32, help="side to which other images are resized")
+    option("--num-labeled", type=int, help="labels; 4000, or all those of a folder with unlabeled/")
+    option("--val", type=int, default=0, help="score on this many held-out training images instead")
+    option("--seed", type=int, default=0, help="seed of the split, the first weights and all draws")
+    option("--depth", type=int, default=28, help="depth of the WideResNet, 6n + 4")
+    option("--width", type=int, default=2, help="width of the WideResNet")
+    option("--epochs", type=int, default=200, help="epochs of pretraining and of fine-tuning, each")
+    option("--steps-per-epoch", type=int, default=1024, help="training steps in an epoch")
+    option("--batch-size", type=int, default=64, help="labeled images in a step; as many unlabeled")
+    option("--lr", type=float, default=0.002, help="learning rate")
+    option("--weight-decay", type=float, default=0.02, help="w *= 1 - lr * this, conv and linear")
+    option("--ema-decay", type=float, default=0.999, help="decay of the averaged, evaluated model")
+    option("--lambda-u", type=float, default=0.75, help="weight of the unlabeled loss, ramped up")
+    option("--temperature", type=float, default=0.5, help="T: guesses are sharpened to p^(1/T)")
+    option("--alpha", type=float, default=0.75, help="of MixUp's Beta(alpha, alpha); 0: no MixUp")
+    option("--eps", type=float, default=1.0, help="FGSM's step in 1/255; at 0 every image is kept")
+    selections = ["fgsm", "none", "confidence"]
+    option("--select", default="fgsm", choices=selections, help="what to add; none: the control")
+    table2_eps = [1.0, 2.0, 3.0, 4.0, 6.0]
+    option("--table2-eps", type=float, nargs="+", default=table2_eps, help="eps of Table 2's rows")
+    option("--pretrained", metavar="PATH", help="start at the selection, from this pretrain.pt")
+    devices, precisions = ["auto", "cpu", "cuda"], ["auto", "bf16", "fp32"]
+    option("--device", default="auto", choices=devices, help="auto: CUDA where there is a GPU")
+    option("--precision", default="auto", choices=precisions, help="auto: bf16 where CUDA has it")
+    switch = argparse.BooleanOptionalAction
+    option("--compile", action=switch, help="torch.compile and CUDA graphs; if omitted: on CUDA")
+    option("--tensorboard", action="store_true", help="write TensorBoard events as well")
+    option("--out", help="folder; runs/<method>__<data>__<select>-eps<eps>__seed<seed> if omitted")
+    parser.set_defaults(mu=1)  # unlabeled images in a step, for each labeled one
+
+    args = parser.parse_args(argv)
+    if args.temperature == 0:
+        parser.error("--temperature must be above 0; close to it a guess is one class")
+    if 0 < args.alpha < 0.01:
+        parser.error("--alpha must be 0 (no MixUp) or at least 0.01: below, its samples underflow")
+    check_ranges(parser, args)
+    resolve_defaults(parser, args)
+    return args
+
+
+def check_ranges(parser, args):
+    """Refuses numbers with which a run would train, but not as its user thinks."""
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            option = name.replace("_", "-")
+            parser.error(f"--{option} must be a finite number and not negative: {value}")
+    counts = {
+        "--width": args.width,
+        "--epochs": args.epochs,
+        "--steps-per-epoch": args.steps_per_epoch,
+        "--batch-size": args.batch_size,
+        "--mu": args.mu,
+    }
+    for option, value in counts.items():
+        if value < 1:
+            parser.error(f"{option} must be at least 1: {value}")
+    if args.depth < 10 or (args.depth - 4) % 6 != 0:
+        parser.error(f"--depth must be 6n + 4 (10, 16, 22, 28, ...): {args.depth}")
+    if args.image_size < 16:
+        parser.error(f"--image-size must be at least 16: {args.image_size}")
+    if args.ema_decay > 1:
+        parser.error(f"--ema-decay must be from 0 to 1: {args.ema_decay}")
+    for eps in [args.eps] + args.table2_eps:
+        if not 0 <= eps <= 255:
+            parser.error(f"--eps and --table2-eps must be from 0 to 255: {eps}")
+    if args.batch_size % WORLD_SIZE != 0:
+        parser.error(f"--batch-size {args.batch_size} does not divide among {WORLD_SIZE} processes")
+
+
+def resolve_defaults(parser, args):
+    """Replaces "auto" and omitted options by what they mean on this machine."""
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no NVIDIA GPU here; --device cpu needs none")
+    if args.precision == "auto":
+        args.precision = "fp32"
+        if args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            args.precision = "bf16"
+    if args.compile is None:
+        args.compile = args.device == "cuda"
+    if args.out is None:
+        selection = f"{args.select}-eps{args.eps:g}"
+        args.out = f"runs/{METHOD}__{data_name(args)}__{selection}__seed{args.seed}"
+
+
+def data_name(args):
+    """What the data is called in the name of the run's folder: for a folder, its own name."""
+    return Path(args.data_dir).resolve().name if args.data == "folder" else args.data
+
+
+# ------------------------------------------------------------------------------------- Augmentation
 
 
 def weak_augment(x):
@@ -106,12 +160,17 @@ def weak_augment(x):
     x: uint8 [N, 3, H, W] -> the same; else ValueError. Source: FixMatch, section 2.3.
     """
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
-        raise ValueError(f"uint8 images [N, 3, H, W] are needed, not {x.dtype} {[*x.shape]}")
+        raise ValueError(f"uint8 images [N, 3, H, W] are needed, not {x.dtype} {list(x.shape)}")
     n, _, h, w = x.shape
-    shift = torch.randint(-(h // 8), h // 8 + 1, (n, 1), device=x.device)
-    row = (h - 1) - ((h - 1) - (torch.arange(h, device=x.device) + shift).abs()).abs()
-    shift = torch.randint(-(w // 8), w // 8 + 1, (n, 1), device=x.device)
-    column = (w - 1) - ((w - 1) - (torch.arange(w, device=x.device) + shift).abs()).abs()
+
+    def moved(size):
+        """int64 [N, size]: where each row or column comes from, reflected at the borders."""
+        shift = torch.randint(-(size // 8), size // 8 + 1, (n, 1), device=x.device)
+        position = torch.arange(size, device=x.device) + shift
+        return (size - 1) - ((size - 1) - position.abs()).abs()
+
+    row = moved(h)
+    column = moved(w)
     flip = torch.rand(n, 1, device=x.device) < 0.5
     column = torch.where(flip, (w - 1) - column, column)
     pixel = (row[:, :, None] * w + column[:, None, :]).view(n, 1, h * w)
@@ -125,6 +184,9 @@ def to_float(x):
     return x.to(torch.float32, memory_format=torch.channels_last) / 255
 
 
+# ---------------------------------------------------------------------------------- MixMatch's loss
+
+
 def forward_untracked(model, x):
     """model(x), batch norm's running statistics left as they are: only copies of them move."""
     copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -132,15 +194,16 @@ def forward_untracked(model, x):
 
 
 def draw_mix(count, alpha, device):
-    """float [count]: max(l, 1 - l) with l from Beta(alpha, alpha); 1 when alpha is 0."""
+    """float [count]: max(l, 1 - l) with l from Beta(alpha, alpha), alpha from 0.01 up; 0 gives 1.
+
+    l is the share of one of two Gamma samples in their sum, in float64: at a small alpha both round
+    to 0 in float32.
+    """
     if alpha == 0:
         return torch.ones(count, device=device)
-    # from two logarithms of Gamma(alpha) = Gamma(alpha + 1) * uniform^(1 / alpha), in float64: at a
-    # small alpha the samples themselves are 0 in any precision
     shape = torch.full((2, count), alpha, dtype=torch.float64, device=device)
-    gamma = torch.distributions.Gamma(shape + 1, torch.ones_like(shape), validate_args=False)
-    log_gamma = gamma.sample().log() + (1 - torch.rand_like(shape)).log() / alpha
-    return (log_gamma[0] - log_gamma[1]).abs().sigmoid().float()
+    gamma = torch.distributions.Gamma(shape, torch.ones_like(shape), validate_args=False).sample()
+    return (gamma.amax(dim=0) / gamma.sum(dim=0)).float()
 
 
 def mixmatch_loss(
@@ -179,6 +242,19 @@ def mixmatch_loss(
     }
 
 
+def batch_loss(model, x_l, y_l, x_u, lambda_u, args):
+    """MixMatch on uint8 images: augments, then mixmatch_loss. torch.compile compiles this."""
+    x_l = to_float(weak_augment(x_l))
+    x_u1 = to_float(weak_augment(x_u))
+    x_u2 = to_float(weak_augment(x_u))
+    with torch.autocast(x_l.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        return mixmatch_loss(model, x_l, y_l, x_u1, x_u2, args.temperature, args.alpha, lambda_u)
+
+
+# --------------------------------------------------------------------------------- SCAR's selection
+
+
+@torch.no_grad()  # fgsm enables the one gradient that it takes
 def select_clean(model, x, eps):
     """SCAR: keeps the images whose predicted label withstands FGSM.
 
@@ -188,11 +264,12 @@ def select_clean(model, x, eps):
     """
     model.eval()
     keep, pseudo = [], []
-    with torch.no_grad():
-        for chunk in map(to_float, x.split(500)):
-            pseudo.append(model(chunk).argmax(dim=1))  # line 5
-            attacked = fgsm(model, chunk, pseudo[-1], eps)  # line 6; it enables gradients itself
-            keep.append(model(attacked).argmax(dim=1) == pseudo[-1])  # lines 7 and 8
+    for images in x.split(500):
+        images = to_float(images)
+        label = model(images).argmax(dim=1)  # line 5
+        attacked = fgsm(model, images, label, eps)  # line 6
+        keep.append(model(attacked).argmax(dim=1) == label)  # lines 7 and 8
+        pseudo.append(label)
     return torch.cat(keep), torch.cat(pseudo)
 
 
@@ -211,21 +288,37 @@ def selection_stats(keep, pseudo, y):
     sensitivity: kept_correct / kept, the precision of the kept (PPV); specificity: rejected_wrong /
     rejected, that of the rejected (NPV); percent, nan without any. Source: PAPER, equations 5, 6.
     """
-    kept, rejected, wrong = keep & (y >= 0), ~keep & (y >= 0), pseudo != y
-    masks = {"kept": kept, "kept_correct": kept & ~wrong}
-    masks |= {"rejected": rejected, "rejected_wrong": rejected & wrong}
-    stats = {name: int(mask.sum()) for name, mask in masks.items()}
-    stats["sensitivity"] = 100 * (~wrong[kept]).double().mean().item()
-    stats["specificity"] = 100 * wrong[rejected].double().mean().item()
+    correct = pseudo == y
+    kept = keep & (y >= 0)
+    rejected = ~keep & (y >= 0)
+    stats = {
+        "kept": int(kept.sum()),
+        "kept_correct": int((kept & correct).sum()),
+        "rejected": int(rejected.sum()),
+        "rejected_wrong": int((rejected & ~correct).sum()),
+    }
+    stats["sensitivity"] = percent(stats["kept_correct"], stats["kept"])
+    stats["specificity"] = percent(stats["rejected_wrong"], stats["rejected"])
     return stats
+
+
+def percent(part, whole):
+    """100 * part / whole; nan where the whole is nothing."""
+    return 100 * part / whole if whole > 0 else math.nan
+
+
+# -------------------------------------------------------------- Optimizer, schedule, moving average
 
 
 def make_optimizer(model, args):
     """Adam; convolution and linear weights shrink by the factor 1 - lr * weight_decay a step."""
     weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": weights, "weight_decay": args.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.lr, fused=True, capturable=True)
 
 
 def schedule(step, total_steps, phase, args):
@@ -234,68 +327,30 @@ def schedule(step, total_steps, phase, args):
     return args.lr, min(1.0, done / 16384) * args.lambda_u
 
 
-def batch_loss(model, x_l, y_l, x_u, lambda_u, args):
-    """MixMatch on uint8 images: augments, then mixmatch_loss. torch.compile compiles this."""
-    x_l, x_u1, x_u2 = (to_float(weak_augment(x)) for x in (x_l, x_u, x_u))
-    with torch.autocast(x_l.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-        return mixmatch_loss(model, x_l, y_l, x_u1, x_u2, args.temperature, args.alpha, lambda_u)
-
-
 def update_average(average, model, decay):
-    """average = decay * average + (1 - decay) * model, in place; integer buffers are copied."""
-    pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
-    ours, theirs = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
-    change = torch._foreach_sub(theirs, ours)
-    torch._foreach_mul_(change, 1 - decay)
-    torch._foreach_add_(ours, change)
-    torch._foreach_copy_(*zip(*(pair for pair in pairs if not pair[0].is_floating_point())))
+    """average = decay * average + (1 - decay) * model, in place; integer buffers are copied.
 
-
-def average_over_ranks(tensors):
-    """Replaces each float tensor by its mean over torchrun's processes, all in one exchange."""
-    tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
-    if RANKS > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, mean in zip(tensors, (flat / RANKS).split([t.numel() for t in tensors])):
-            tensor.copy_(mean.view(tensor.shape))
-
-
-# average: the evaluated model; loss: batch_loss, compiled or not
-Learner = namedtuple("Learner", "model average optimizer loss")
-# on the device: images uint8 [N, 3, H, W]; int64 [N] true labels, for the report alone, and those
-# that training knows (-1: none); the pool's indices; what is scored; names of classes and files
-Data = namedtuple("Data", "images truth labels unlabeled x_scored y_scored classes files")
-
-
-def training_step(learner, data, args, index_l, index_u, lr, lambda_u, decay):
-    """One update of learner.model and of its average, in place; returns detached 0-dim metrics.
-
-    index_l: int64 [B], index_u: int64 [U], images of the step; lr, lambda_u, decay: 0-dim float32.
-    All are tensors on the device, and nothing waits for it, so that a CUDA graph can hold the step.
+    decay: float or 0-dim tensor. Parameters and batch-norm statistics; foreach: in a few kernels.
     """
-    x_l, y_l, x_u = data.images[index_l], data.labels[index_l], data.images[index_u]
-    loss, metrics = learner.loss(learner.model, x_l, y_l, x_u, lambda_u, args)
-    loss.backward()
-    average_over_ranks([p.grad for p in learner.model.parameters()])
-    for group in learner.optimizer.param_groups:
-        group["lr"] = lr
-        group["capturable"] = lr.is_cuda and torch.cuda.is_current_stream_capturing()  # for Adam
-    learner.optimizer.step()
-    learner.optimizer.zero_grad()
-    update_average(learner.average, learner.model, decay)
-    return {"loss": loss.detach(), **metrics}
+    old, new = average.state_dict(), model.state_dict()
+    floats = [name for name in old if old[name].is_floating_point()]
+    old_floats = [old[name] for name in floats]
+    change = torch._foreach_sub([new[name] for name in floats], old_floats)
+    torch._foreach_mul_(change, 1 - decay)
+    torch._foreach_add_(old_floats, change)
+    for name in old:
+        if name not in floats:
+            old[name].copy_(new[name])
 
 
-# ==================================================================================================
-# Plumbing, the same in every script: evaluation, the epoch, the run folder, both phases, main
-# ==================================================================================================
+# ---------------------------------------------------------------- Helpers, the same in every script
 
 
 def predict(model, x):
     """Logits [N, C] for images [N, 3, H, W], uint8 or float; leaves the model in eval mode."""
+    model.eval()
     with torch.no_grad():
-        return torch.cat([model.eval()(to_float(chunk)) for chunk in x.split(500)])
+        return torch.cat([model(to_float(images)) for images in x.split(500)])
 
 
 def evaluate(model, x, y):
@@ -305,296 +360,484 @@ def evaluate(model, x, y):
 
 def draw_batches(pool, count, size, generator):
     """int64 [count, size] out of pool, int64 [M]: shuffled passes, each entry once a pass."""
-    passes = -(-count * size // len(pool))
+    passes = math.ceil(count * size / len(pool))
     order = torch.rand(passes, len(pool), generator=generator, device=pool.device).argsort(dim=1)
     return pool[order.flatten()[: count * size]].view(count, size)
 
 
 def capture(function):
-    """A function of tensors as one CUDA graph; what a call returns, the next overwrites."""
-    calls, static, outputs, graph = 0, None, None, torch.cuda.CUDAGraph()
+    """A function of tensors as one CUDA graph; each call overwrites what the last one returned.
+
+    The first three calls run as they are: they compile, let cuDNN choose its algorithms and make
+    the optimizer's state, none of which a graph can record.
+    """
+    graph = torch.cuda.CUDAGraph()
+    calls = 0
+    static_inputs = outputs = None
 
     def call(*inputs):
-        nonlocal calls, static, outputs
+        nonlocal calls, static_inputs, outputs
         calls += 1
-        if calls < 4:  # compiles, lets cuDNN choose its algorithms, makes the optimizer's state
+        if calls <= 3:
             return function(*inputs)
         if calls == 4:
-            static = [tensor.clone() for tensor in inputs]
+            static_inputs = [tensor.clone() for tensor in inputs]
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                outputs = function(*static)  # recorded, not computed
-        torch._foreach_copy_(static, inputs)
+                outputs = function(*static_inputs)  # recorded, not computed
+        for static, tensor in zip(static_inputs, inputs):
+            static.copy_(tensor)
         graph.replay()
         return outputs
 
     return call
 
 
-def train_epoch(step, learner, data, phase, epoch, args):
-    """One epoch; returns its row of metrics.csv. All it draws follows from (seed, phase, epoch)."""
-    cuda, steps, started = args.device == "cuda", args.steps_per_epoch, time.perf_counter()
-    seeds = np.random.SeedSequence([args.seed, int(phase == "finetune"), epoch]).generate_state(2)
-    torch.manual_seed(int(seeds[0]) + RANK)
-    # batches have a generator of their own, so that a larger labeled set moves no augmentation
-    generator = torch.Generator(args.device).manual_seed(int(seeds[1]))
-    batches_u = draw_batches(data.unlabeled, steps, args.mu * args.batch_size, generator)
-    batches_l = draw_batches((data.labels >= 0).nonzero()[:, 0], steps, args.batch_size, generator)
-    rates = []  # lr, lambda_u and the average's decay, of each step
-    for i in range((epoch - 1) * steps, epoch * steps):
-        decay = min(args.ema_decay, (1 + i) / (10 + i))  # young, the average follows faster
-        rates.append((*schedule(i, args.epochs * steps, phase, args), decay))
-    shares = batches_l[:, RANK::RANKS], batches_u[:, RANK::RANKS]  # of each batch, this process's
-    inputs = zip(*shares, *torch.tensor(rates, device=args.device).unbind(1))
-    totals, marks = {}, []
-    learner.model.train()
-    for i, tensors in enumerate(inputs, 1):
-        metrics = step(*tensors)
-        totals = {name: totals.get(name, 0) + value for name, value in metrics.items()}
-        mark = torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter()
-        marks.append(torch.cuda.current_stream().record_event(mark) if cuda else mark)
-        if sys.stdout.isatty() and i % 10 == 0:
-            print(f"{phase} {epoch}: step {i} of {steps}", end="\033[K\r", flush=True)
-    average_over_ranks([*totals.values(), *learner.model.buffers(), *learner.average.buffers()])
-    row = {"phase": phase, "epoch": epoch, "lr": rates[-1][0]}
-    row |= {name: float(total) / steps for name, total in totals.items()}
-    if not math.isfinite(row["loss"]):
-        raise FloatingPointError(f"the loss is not finite in {phase} epoch {epoch}; lower --lr")
-    ms = [a.elapsed_time(b) if cuda else 1000 * (b - a) for a, b in zip(marks, marks[1:])]
-    row["accuracy"] = evaluate(learner.average, data.x_scored, data.y_scored)
-    row["ms_per_step"] = float(np.median(ms[1:] or ms))  # the first two steps warm up
-    return {**row, "seconds": time.perf_counter() - started}
+def average_over_processes(tensors):
+    """Replaces float tensors by their means over torchrun's processes, all in one exchange."""
+    if WORLD_SIZE == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    sizes = [tensor.numel() for tensor in tensors]
+    for tensor, mean in zip(tensors, (flat / WORLD_SIZE).split(sizes)):
+        tensor.copy_(mean.view_as(tensor))
 
 
 def save(content, path):
-    """Writes text, or anything else by torch.save, beside the file, then moves it into place."""
-    if RANK == 0:
-        buffer = io.BytesIO()  # for Python to write, so that a full disk is an OSError
-        torch.save(content, buffer)
-        beside = path.with_name(path.name + ".partial")
-        beside.write_bytes(content.encode() if isinstance(content, str) else buffer.getvalue())
-        os.replace(beside, path)
+    """Writes text, a picture, or anything else by torch.save; under another name, then moved here.
+
+    So the file is whole or absent, also where two processes work in one folder.
+    """
+    if RANK > 0:
+        return
+    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    if isinstance(content, str):
+        beside.write_text(content, encoding="utf-8")
+    elif isinstance(content, Image.Image):
+        content.save(beside)
+    else:
+        torch.save(content, beside)
+    os.replace(beside, path)
 
 
 def load(path):
-    """What a .json or torch.save file holds, on the CPU; ValueError where that cannot be read."""
+    """What torch.save wrote, on the CPU; ends with a sentence where it cannot be read."""
     try:
-        if path.suffix == ".json":
-            return json.loads(path.read_text())
-        if zipfile.ZipFile(path).testzip():
-            raise ValueError("wrong checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a dozen kinds
-        raise ValueError(f"cannot read {path}; replace or delete it ({error!r})") from None
+    except OSError as error:
+        sys.exit(f"error: cannot read {path}: {error.strerror}")
+    except Exception:  # torch.load has a dozen kinds for a damaged file
+        sys.exit(f"error: cannot read {path}: it is damaged; replace or delete it")
 
 
-def prepare(args, out):
-    """All that precedes training: a finished run's result or None, then learner, data, state."""
-    given, state = {"method": METHOD, **vars(args)}, {"rows": []}
-    must_match = [(out, given.keys() - {"device", "out", "data_dir", "compile", "tensorboard"})]
-    if args.pretrained is not None:
-        must_match.append((Path(args.pretrained).parent, {"method", "data", "num_labeled", "seed"}))
-    for folder, names in must_match:
-        saved = load(folder / "args.json") if (folder / "args.json").exists() else given
-        for name in sorted(names):
-            if saved.get(name) != given[name]:
-                change = f"{name} was {saved.get(name)}, now {given[name]}"
-                raise ValueError(f"{folder} is of another run ({change}): choose another folder")
-    if [*out.glob("*")] and not [*out.glob("args.json*"), *out.glob("lock")]:
-        raise ValueError(f"{out} is not empty and holds no run; choose another --out")
-    if (out / "result.json").exists():
-        return load(out / "result.json"), None, None, None
+def load_json(path):
+    """What a .json file holds; ends with a sentence where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: cannot read {path}: {error}; replace or delete it")
 
-    args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    has_bf16 = torch.cpu._is_avx512_bf16_supported()
+
+def refuse_another_run(folder, settings, names):
+    """Ends with a sentence where a setting in names is not that of the run in folder, if any."""
+    if not (folder / "args.json").exists():
+        return
+    saved = load_json(folder / "args.json")
+    changes = []
+    for name in names:
+        if saved.get(name) != settings[name]:
+            changes.append(f"{name} was {saved.get(name)}, now {settings[name]}")
+    if changes:
+        sys.exit(f"error: {folder} is of another run ({'; '.join(changes)}): choose another folder")
+
+
+def tensorboard_writer(out):
+    """Writes TensorBoard events to the folder; ends with a sentence where the package lacks."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        sys.exit("error: --tensorboard needs the package tensorboard: pip install tensorboard")
+    return SummaryWriter(out)
+
+
+def data_title(args):
+    """What the data is called in tables."""
+    titles = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG)"}
+    return titles.get(data_name(args), data_name(args))
+
+
+def machine(args):
+    """What a run ran on, for result.json."""
+    name = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+    peak_memory = None
     if args.device == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    args.precision = args.precision.replace("auto", "bf16" if has_bf16 else "fp32")
-    args.compile = args.device == "cuda" if args.compile is None else args.compile
+        name = torch.cuda.get_device_name()
+        peak_memory = torch.cuda.max_memory_allocated() / 2**30
+    return {
+        "peak_memory_gib": peak_memory,
+        "device": name,
+        "ranks": WORLD_SIZE,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+        },
+    }
+
+
+def weights_of(model):
+    """The state_dict on the CPU, so that a file made on a GPU loads anywhere."""
+    return {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+
+
+def csv_text(rows):
+    """Dictionaries with the same keys as the text of a CSV file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def without_nan(stats):
+    """The dictionary with None for nan, which JSON does not have."""
+    return {name: None if value != value else value for name, value in stats.items()}
+
+
+def table2_rows(model, x, y, eps_values):
+    """The paper's Table 2 on images x with true labels y: selection_stats at each eps, in 1/255."""
+    rows = []
+    for eps in sorted(eps_values):
+        keep, pseudo = select_clean(model, x, eps / 255)
+        rows.append({"eps": eps, **without_nan(selection_stats(keep, pseudo, y))})
+    return rows
+
+
+def selection_picture(x, keep, pseudo, y, classes):
+    """For each class a row of 8 kept and 8 rejected images with that pseudo-label, drawn at random.
+
+    x: uint8 [N, 3, H, W]; keep: bool [N]; pseudo, y: int64 [N], predicted and true labels. Returns
+    a Pillow image. A frame is green where the label is right, red where wrong, grey where y is -1.
+    """
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
+    side = x.shape[3] + 6
+    font = ImageFont.load_default()
+    left = 12 + round(max(font.getlength(name) for name in classes))
+    picture = Image.new("RGB", (left + 17 * side, 16 + len(classes) * side), "white")
+    pen = ImageDraw.Draw(picture)
+    for label, name in enumerate(classes):
+        pen.text((4, 10 + label * side + side // 2), name, "black")
+    for left_edge, title, group in ((left, "kept", keep), (left + 9 * side, "rejected", ~keep)):
+        pen.text((left_edge, 2), title, "black")
+        for label in range(len(classes)):
+            members = order[(group & (pseudo == label))[order]]
+            for i, n in enumerate(members[:8].tolist()):
+                colour = "green" if y[n] == label else "red"
+                if y[n] < 0:
+                    colour = "grey"
+                corner = left_edge + i * side, 16 + label * side
+                far_corner = corner[0] + side - 3, corner[1] + side - 3
+                pen.rectangle([corner, far_corner], colour)
+                image = Image.fromarray(x[n].permute(1, 2, 0).cpu().numpy())
+                picture.paste(image, (corner[0] + 2, corner[1] + 2))
+    return picture
+
+
+def selection_rows(names, classes, kept, label, confidence, final_logits):
+    """The rows of selection.csv, one for each unlabeled image.
+
+    names: N of them; kept: bool [N]; label, confidence: int64 and float [N], what theta~ says;
+    final_logits: float [N, C], of the final model.
+    """
+    final_confidence, final_label = final_logits.softmax(dim=1).max(dim=1)
+    kept, label, confidence = kept.tolist(), label.tolist(), confidence.tolist()
+    final_label, final_confidence = final_label.tolist(), final_confidence.tolist()
+    rows = []
+    for i, name in enumerate(names):
+        row = {
+            "file": name,
+            "label": classes[label[i]],
+            "confidence": f"{confidence[i]:.6f}",
+            "kept": int(kept[i]),
+            "final_label": classes[final_label[i]],
+            "final_confidence": f"{final_confidence[i]:.6f}",
+        }
+        rows.append(row)
+    return rows
+
+
+def print_tables(result, out):
+    """The rows of the paper's tables that the run in the folder `out` has measured."""
+    print(f"\nTable 1: {result['scored_on']} accuracy (%) on {result['data']} (files in {out})")
+    print(f"{TITLE:40}{result['pretrain_accuracy']:6.2f}")
+    fine_tuned = f"{TITLE} fine-tuned, --select {result['select']}"
+    print(f"{fine_tuned:40}{result['final_accuracy']:6.2f}")
+    if result["select"] != "none":
+        control = f"--select none --pretrained {out}/pretrain.pt --out {out}-control"
+        print(f"What the selection did, its control tells: {result['command']} {control}")
+    print("\nTable 2      sensitivity (%): right of kept   specificity (%): wrong of rejected")
+    for row in result["table2"]:
+        kept, kept_correct = row["kept"], row["kept_correct"]
+        rejected, rejected_wrong = row["rejected"], row["rejected_wrong"]
+        sensitivity = f"{percent(kept_correct, kept):.2f} ({kept_correct}/{kept})"
+        specificity = f"{percent(rejected_wrong, rejected):.2f} ({rejected_wrong}/{rejected})"
+        print(f"eps {row['eps']:<9g}{sensitivity:33}{specificity}")
+
+
+# ---------------------------------------------------------------- The run, the same in every script
+
+
+def main(argv=None):
+    """Runs what the command line says, or resumes it; returns what result.json holds."""
+    args = parse_args(argv)
+    out = Path(args.out)
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; matrix products have it off already
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32; matrix products have it off
+    if WORLD_SIZE > 1:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")  # process 0 prints for all
+    if args.device == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot record a CUDA graph
 
-    x, y, *scored = load_images(args.data, args.data_dir, args.image_size)
-    classes, files, left_out = image_names(args.data, args.data_dir)
-    if args.num_labeled is None:
-        args.num_labeled = 4000 if args.data != "folder" or y.min() >= 0 else int((y >= 0).sum())
-    labeled, unlabeled = split_labeled(y, args.num_labeled, args.seed, classes)
-    if args.val:
-        held_out, rest = split_labeled(y[unlabeled], args.val, args.seed, classes)
-        scored = x[unlabeled[held_out]], y[unlabeled[held_out]]
-        unlabeled = unlabeled[rest]
-    labels = torch.full_like(y, -1).scatter(0, labeled, y[labeled])
-    data = Data(*(t.to(args.device) for t in (x, y, labels, unlabeled, *scored)), classes, files)
-    print(f"{len(classes)} classes, {len(labeled):,} labels, {len(unlabeled):,} unlabeled images, "
-          f"{len(scored[0]):,} scored, {len(left_out)} files left out {left_out[:5]}")  # fmt: skip
+    # The images, all of them on the device, and the labels that training may see: -1 for none
+    try:
+        tensors = load_images(args.data, args.data_dir, args.image_size)
+        x, y, x_test, y_test = [tensor.to(args.device) for tensor in tensors]
+        classes, files, left_out = image_names(args.data, args.data_dir)
+        if args.num_labeled is None:
+            args.num_labeled = 4000
+            if args.data == "folder" and y.min() < 0:  # it has unlabeled/
+                args.num_labeled = int((y >= 0).sum())
+        labeled, unlabeled = split_labeled(y, args.num_labeled, args.seed, classes)
+        if args.val > 0:
+            held_out, rest = split_labeled(y[unlabeled], args.val, args.seed, classes)
+            x_test, y_test = x[unlabeled[held_out]], y[unlabeled[held_out]]
+            unlabeled = unlabeled[rest]
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    unlabeled = unlabeled.to(args.device)
+    labels = torch.full_like(y, -1)
+    labels[labeled] = y[labeled]
 
+    # The run's folder: new, or this run's own; all checks come before the first file is written
+    settings = {"method": METHOD, **vars(args), "classes": classes}
+    may_differ = ["device", "out", "data_dir", "compile", "tensorboard"]
+    refuse_another_run(out, settings, [name for name in settings if name not in may_differ])
+    if any(out.glob("[!.]*")) and not (out / "args.json").exists():
+        sys.exit(f"error: {out} is not empty and holds no run; choose another --out")
+    if args.pretrained is not None:
+        folder = Path(args.pretrained).parent
+        refuse_another_run(folder, settings, ["method", "data", "num_labeled", "seed"])
+    if (out / "result.json").exists():
+        result = load_json(out / "result.json")
+        print_tables(result, out)
+        return result
+    print(f"{len(classes)} classes, {len(labeled):,} labels, {len(unlabeled):,} unlabeled", end=" ")
+    print(f"images, {len(x_test):,} scored images")
+    if left_out:
+        print(f"{len(left_out)} files left out: {', '.join(left_out[:5])}")
+
+    # The model, its moving average, and the training step
     torch.manual_seed(args.seed)
     model = WideResNet(len(classes), args.depth, args.width)
     model = model.to(args.device, memory_format=torch.channels_last)
-    average = copy.deepcopy(model).requires_grad_(False).eval()
-    loss = torch.compile(batch_loss) if args.compile else batch_loss
-    learner = Learner(model, average, make_optimizer(model, args), loss)
+    average = copy.deepcopy(model).requires_grad_(False)  # evaluated; after pretraining: theta~
+    optimizer = make_optimizer(model, args)
+    loss_function = torch.compile(batch_loss) if args.compile else batch_loss
+
+    def training_step(index_l, index_u, lr, lambda_u, decay):
+        """One update. All arguments are tensors on the device, and nothing here waits for it."""
+        x_l, y_l = x[index_l], labels[index_l]
+        loss, metrics = loss_function(model, x_l, y_l, x[index_u], lambda_u, args)
+        loss.backward()
+        average_over_processes([p.grad for p in model.parameters() if p.grad is not None])
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        update_average(average, model, decay)
+        return {"loss": loss.detach(), **metrics}
+
+    # Where it starts: at the checkpoint, at another run's theta~, or from scratch
+    rows = []  # of metrics.csv
+    report = {}  # on theta~ and its selection, for result.json
+    pseudo = confidence = None  # theta~'s labels of the unlabeled images, for selection.csv
     if (out / "checkpoint.pt").exists():
-        state = load(out / "checkpoint.pt")
-        data.labels.copy_(state["labels"])
-        for part, saved in zip(learner, state["learner"]):  # model, average, optimizer
-            part.load_state_dict(saved)
+        checkpoint = load(out / "checkpoint.pt")
+        try:
+            model.load_state_dict(checkpoint["model"])
+            average.load_state_dict(checkpoint["average"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            labels.copy_(checkpoint["labels"])
+            rows = checkpoint["rows"]
+            report = checkpoint["report"]
+            pseudo, confidence = checkpoint["pseudo"], checkpoint["confidence"]
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            sys.exit(
+                f"error: {out}/checkpoint.pt is of another version of this script or of other "
+                "images; choose another --out, or delete the folder to start over"
+            )
     elif args.pretrained is not None:
         try:
             average.load_state_dict(load(Path(args.pretrained)))
         except (RuntimeError, TypeError):
-            raise ValueError(f"{args.pretrained} holds no weights of this network") from None
-    out.mkdir(parents=True, exist_ok=True)
-    return None, learner, data, state | {"settings": {**given, "classes": classes}}
+            sys.exit(f"error: {args.pretrained} holds no weights of this network")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / "args.json").exists():
+            save(json.dumps(settings, indent=1), out / "args.json")
+            save(Path(__file__).read_text(encoding="utf-8"), out / Path(__file__).name)
+    except OSError as error:
+        sys.exit(f"error: cannot write to {out} ({error}); choose another --out")
+    board = tensorboard_writer(out) if args.tensorboard and RANK == 0 else None
 
-
-def select(average, data, args, out):
-    """Labels what theta~, the averaged model, selects; returns its scores, labels, confidences."""
-    table2, x, y = [], data.images[data.unlabeled], data.truth[data.unlabeled]
-    for eps in sorted({args.eps, *args.table2_eps}):
-        stats = selection_stats(*select_clean(average, data.x_scored, eps / 255), data.y_scored)
-        table2.append({"eps": eps, **stats})
-    keep, pseudo = select_clean(average, x, args.eps / 255)
-    logits = predict(average, x)
-    if args.select == "confidence":
-        keep = select_confident(logits, int(keep.sum()))
-    keep &= args.select != "none"  # the control adds nothing
-    data.labels[data.unlabeled] = torch.where(keep, pseudo, -1)  # they stay in the pool too
-    if RANKS > 1:
-        dist.broadcast(data.labels, 0)
-    stats = {"unlabeled": len(x), "added": int(keep.sum()), **selection_stats(keep, pseudo, y)}
-    stats["kept_per_class"] = torch.bincount(pseudo[keep], minlength=len(data.classes)).tolist()
-    if RANK == 0:
-        save_selection(out / "selection.png", x, keep, pseudo, y, data.classes)
-    accuracy = evaluate(average, data.x_scored, data.y_scored)
-    found = {"pretrain_accuracy": accuracy, "table2": table2, "selection": stats}
-    return found, (pseudo, logits.softmax(dim=1).amax(dim=1))
-
-
-def save_selection(path, x, keep, pseudo, y, classes):
-    """A row a class: 8 kept, 8 rejected images; green: label right, red: wrong, grey: not known."""
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
-    side, left = x.shape[3] + 6, 12 + round(max(map(ImageFont.load_default().getlength, classes)))
-    picture = Image.new("RGB", (left + 17 * side, 16 + len(classes) * side), "white")
-    pen = ImageDraw.Draw(picture)
-    for column, title, group in ((0, "kept", keep), (9, "rejected", ~keep)):
-        pen.text((left + column * side, 2), title, "black")
-        for row, name in enumerate(classes):
-            pen.text((4, 10 + row * side + side // 2), name, "black")
-            for i, n in enumerate(order[(group & (pseudo == row))[order]][:8].tolist()):
-                tile = Image.fromarray(x[n].permute(1, 2, 0).cpu().numpy())
-                colour = "grey" if y[n] < 0 else "green" if y[n] == row else "red"
-                corner = left + (column + i) * side, 16 + row * side
-                picture.paste(ImageOps.expand(tile, 2, colour), corner)
-    picture.save(path)
-
-
-def train(learner, data, state, args, out, name):
-    """Both phases from where the state stands, then the files of a finished run; the result."""
-    save(json.dumps(state["settings"], indent=1), out / "args.json")
-    save(Path(__file__).read_text(), out / Path(__file__).name)
-    board, phases = None, ["pretrain", "finetune"] if args.pretrained is None else ["finetune"]
-    if args.tensorboard and RANK == 0:
-        board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out)
+    steps = args.steps_per_epoch
+    phases = ["pretrain", "finetune"] if args.pretrained is None else ["finetune"]
     for phase in phases:
-        done = sum(row["phase"] == phase for row in state["rows"])
-        if phase == "finetune" and done == 0:
-            save(learner.average.state_dict(), out / "pretrain.pt")
-            state["found"], state["theta"] = select(learner.average, data, args, out)
-            learner.model.load_state_dict(learner.average.state_dict())
-            learner = learner._replace(optimizer=make_optimizer(learner.model, args))
-        step = partial(training_step, learner, data, args)
-        step = capture(step) if args.compile and args.device == "cuda" else step
-        for epoch in range(done + 1, args.epochs + 1):
-            row = train_epoch(step, learner, data, phase, epoch, args)
-            state |= {"rows": [*state["rows"], row], "labels": data.labels}
-            state["learner"] = [part.state_dict() for part in learner[:3]]
-            lines = [row.keys(), *(row.values() for row in state["rows"])]
-            text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-            save(text, out / "metrics.csv")  # first: after a kill it is ahead, never behind
-            save(state, out / "checkpoint.pt")
-            numbers = [f"{key} {row[key]:.4f}" for key in [*row][3:-1]]
-            steps = (len(phases) * args.epochs - len(state["rows"])) * args.steps_per_epoch
-            left = f"{steps * row['ms_per_step'] / 60000:.1f} min left"
-            print(f"{phase:8} {epoch:3}", *numbers, left, sep="  ", flush=True)
-            for key in [*row][2:] if board else ():
-                board.add_scalar(f"{phase}/{key}", row[key], epoch)
-    save(learner.average.state_dict(), out / "model.pt")
-    final = predict(learner.average, data.images[data.unlabeled]).softmax(dim=1).max(dim=1)
-    kept, names, text = data.labels[data.unlabeled] >= 0, data.classes, io.StringIO()
-    columns = data.unlabeled, *state["theta"], kept, final.indices, final.values
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow("file label confidence kept final_label final_confidence".split())
-    for n, old, p, stands, new, q in zip(*(column.tolist() for column in columns)):
-        file = data.files[n] if data.files else n
-        writer.writerow([file, names[old], f"{p:.6f}", int(stands), names[new], f"{q:.6f}"])
-    save(text.getvalue(), out / "selection.csv")
-    ms, gpu = float(np.median([row["ms_per_step"] for row in state["rows"]])), args.device == "cuda"
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
-    packages = {name: version(name) for name in ("torch", "torchvision", "numpy", "pillow")}
+        epochs_done = len([row for row in rows if row["phase"] == phase])
+        if phase == "finetune" and epochs_done == 0:
+            # SCAR, Algorithm 1; theta~ stays as it is, so one selection serves all epochs.
+            # Lines 5 to 8: theta~ labels every unlabeled image, FGSM attacks it, and it is kept if
+            # the label withstands the attack
+            keep, pseudo = select_clean(average, x[unlabeled], args.eps / 255)
+            logits = predict(average, x[unlabeled])
+            if args.select == "confidence":  # the rival: as many, the most confident ones
+                keep = select_confident(logits, int(keep.sum()))
+            elif args.select == "none":  # the control
+                keep = torch.zeros_like(keep)
+            # Lines 9 and 10: kept images join the labeled set; they stay in the unlabeled one too
+            labels[unlabeled] = torch.where(keep, pseudo, -1)
+            if WORLD_SIZE > 1:
+                dist.broadcast(labels, 0)
+            # Line 11: training goes on from theta~, with a new optimizer and schedule
+            model.load_state_dict(average.state_dict())
+            optimizer = make_optimizer(model, args)
+
+            # The report on theta~ and what it selected; y, the truth, is used here alone
+            save(weights_of(average), out / "pretrain.pt")
+            picture = selection_picture(x[unlabeled], keep, pseudo, y[unlabeled], classes)
+            save(picture, out / "selection.png")
+            confidence = logits.softmax(dim=1).amax(dim=1)
+            report = {
+                "pretrain_accuracy": evaluate(average, x_test, y_test),
+                "selection": {
+                    "unlabeled": len(unlabeled),
+                    "added": int(keep.sum()),
+                    **without_nan(selection_stats(keep, pseudo, y[unlabeled])),
+                    "kept_per_class": pseudo[keep].bincount(minlength=len(classes)).tolist(),
+                },
+                "table2": table2_rows(average, x_test, y_test, set(args.table2_eps) | {args.eps}),
+            }
+            print(f"theta~: {report['pretrain_accuracy']:.2f} %; of its labels", end=" ")
+            print(f"{int(keep.sum()):,} of {len(keep):,} join the labeled set")
+
+        known = (labels >= 0).nonzero()[:, 0]
+        step = training_step
+        if args.device == "cuda" and args.compile and WORLD_SIZE == 1:
+            step = capture(training_step)
+        for epoch in range(epochs_done + 1, args.epochs + 1):
+            started = time.perf_counter()
+            # What an epoch draws follows from (seed, phase, epoch): a resumed run draws the same.
+            # The batches have a generator of their own, alike in all processes, and the unlabeled
+            # ones come first: a larger labeled set changes no augmentation and no unlabeled batch.
+            epoch_seed = np.random.SeedSequence([args.seed, int(phase == "finetune"), epoch])
+            augmentation_seed, batch_seed = epoch_seed.generate_state(2)
+            torch.manual_seed(int(augmentation_seed) + RANK)
+            generator = torch.Generator(args.device).manual_seed(int(batch_seed))
+            batches_u = draw_batches(unlabeled, steps, args.mu * args.batch_size, generator)
+            batches_l = draw_batches(known, steps, args.batch_size, generator)
+            batches_u = batches_u[:, RANK::WORLD_SIZE]  # this process's share of each batch
+            batches_l = batches_l[:, RANK::WORLD_SIZE]
+            rates = []
+            for i in range((epoch - 1) * steps, epoch * steps):
+                lr, lambda_u = schedule(i, args.epochs * steps, phase, args)
+                decay = min(args.ema_decay, (1 + i) / (10 + i))  # at first the average moves faster
+                rates.append((lr, lambda_u, decay))
+            rates_on_device = torch.tensor(rates, device=args.device)
+
+            totals = {}
+            steps_started = time.perf_counter()
+            for i in range(steps):
+                lr, lambda_u, decay = rates_on_device[i]
+                metrics = step(batches_l[i], batches_u[i], lr, lambda_u, decay)
+                for name, value in metrics.items():
+                    totals[name] = totals.get(name, 0) + value
+                if sys.stdout.isatty() and i % 10 == 0:
+                    print(f"{phase} {epoch}: step {i} of {steps}", end="\033[K\r", flush=True)
+            average_over_processes(list(totals.values()))
+            means = {name: float(total) / steps for name, total in totals.items()}  # waits for it
+            ms_per_step = 1000 * (time.perf_counter() - steps_started) / steps
+            if not math.isfinite(means["loss"]):
+                sys.exit(f"error: the loss is not finite in {phase} epoch {epoch}; lower --lr")
+
+            accuracy = evaluate(average, x_test, y_test)
+            seconds = time.perf_counter() - started
+            row = {
+                "phase": phase,
+                "epoch": epoch,
+                "lr": rates[-1][0],
+                **means,
+                "accuracy": accuracy,
+                "ms_per_step": ms_per_step,
+                "seconds": seconds,
+            }
+            rows.append(row)
+            save(csv_text(rows), out / "metrics.csv")
+            checkpoint = {
+                "model": model.state_dict(),
+                "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "labels": labels,
+                "rows": rows,
+                "report": report,
+                "pseudo": pseudo,
+                "confidence": confidence,
+            }
+            save(checkpoint, out / "checkpoint.pt")
+            losses = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+            minutes_left = seconds / 60 * (len(phases) * args.epochs - len(rows))
+            print(f"{phase} {epoch:3}  {losses}  accuracy {accuracy:5.2f}", end="  ")
+            print(f"{ms_per_step:.1f} ms a step  {minutes_left:.1f} min left", flush=True)
+            if board is not None:
+                for name in row.keys() - {"phase", "epoch"}:
+                    board.add_scalar(f"{phase}/{name}", row[name], epoch)
+        del step  # and with it the memory of its CUDA graph
+
+    # The files of a finished run, and the tables
+    save(weights_of(average), out / "model.pt")
+    names = [files[n] if files else n for n in unlabeled.tolist()]
+    kept = labels[unlabeled] >= 0
+    final_logits = predict(average, x[unlabeled])
+    selection = selection_rows(names, classes, kept, pseudo, confidence, final_logits)
+    save(csv_text(selection), out / "selection.csv")
+    ms_per_step = float(np.median([row["ms_per_step"] for row in rows]))
     result = {
-        "method": METHOD, "data": name, "scored_on": "validation" if args.val else "test",
-        "select": args.select, "eps": args.eps, "seed": args.seed, **state["found"],
-        "final_accuracy": state["rows"][-1]["accuracy"], "ms_per_step": ms,
-        "images_per_second": 1000 * args.batch_size * (1 + args.mu) / ms,
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
-        "seconds": sum(row["seconds"] for row in state["rows"]),
-        "device": torch.cuda.get_device_name() if gpu else cpu, "ranks": RANKS,
-        "versions": {"python": platform.python_version(), **packages},
-        "command": shlex.join(["python", *sys.argv]), "args": vars(args),
-    }  # fmt: skip
-    save(json.dumps(result, indent=1).replace(": NaN", ": null"), out / "result.json")
+        "method": METHOD,
+        "data": data_title(args),
+        "scored_on": "validation" if args.val > 0 else "test",
+        "select": args.select,
+        "eps": args.eps,
+        "seed": args.seed,
+        **report,
+        "final_accuracy": rows[-1]["accuracy"],
+        "ms_per_step": ms_per_step,
+        "images_per_second": 1000 * args.batch_size * (1 + args.mu) / ms_per_step,
+        "seconds": sum(row["seconds"] for row in rows),
+        **machine(args),
+        "command": shlex.join(["python", *sys.argv]),
+        "args": vars(args),
+    }
+    save(json.dumps(result, indent=1), out / "result.json")
+    print_tables(result, out)
     return result
 
 
-def main(argv=None):
-    """Does what the command line says, or goes on with it; returns what result.json holds."""
-    args, code = parse_args(argv), 2  # the exit code: 2 refused before training, 1 failed in it
-    name = Path(args.data_dir).resolve().name if args.data == "folder" else args.data
-    args.out = args.out or f"runs/{METHOD}__{name}__{args.select}-eps{args.eps:g}__seed{args.seed}"
-    name = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG)"}.get(name, name)
-    out = Path(args.out)
-    try:
-        result, *run = prepare(args, out)
-        if result is None:
-            stream = torch.cuda.Stream() if args.device == "cuda" else None  # graphs need their own
-            with open(out / "lock", "a") as lock, torch.cuda.stream(stream):
-                if RANK == 0:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                code = 1
-                result = train(*run, args, out, name)
-    except (KeyboardInterrupt, SystemExit) as end:
-        code, sentence = getattr(end, "code", 130), "stopped; the same command goes on"
-    except BlockingIOError:
-        sentence = f"error: {out} is in use by another process; let it end, or stop it"
-    except (ValueError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
-        if code == 1 and type(error) in (ValueError, RuntimeError) and "alloc" not in str(error):
-            raise  # a mistake in the code: its traceback helps
-        where = f"; files in {out}" if code == 1 else ""
-        sentence = f"error: {' '.join(str(error).partition('Traceback')[0].split())}{where}"
-        if "torch._" in type(error).__module__:
-            sentence += "; --no-compile goes without torch.compile"
-    else:
-        print(f"\nTable 1: {result['scored_on']} accuracy (%) on {result['data']} (files in {out})")
-        print(f"{TITLE:40}{result['pretrain_accuracy']:6.2f}")
-        print(f"{TITLE + ' fine-tuned, --select ' + args.select:40}{result['final_accuracy']:6.2f}")
-        if args.select != "none":
-            control = f"--select none --pretrained {out}/pretrain.pt --out {out}-control"
-            print(f"What the selection did, its control tells: {result['command']} {control}")
-        print("\nTable 2      sensitivity (%): right of kept   specificity (%): wrong of rejected")
-        for row in result["table2"]:
-            pairs = (row["kept_correct"], row["kept"]), (row["rejected_wrong"], row["rejected"])
-            cells = [f"{100 * a / b if b else math.nan:.2f} ({a}/{b})" for a, b in pairs]
-            print(f"eps {row['eps']:<9g}{cells[0]:33}{cells[1]}")
-        return result
-    print(sentence, file=sys.stderr)
-    raise SystemExit(code)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if RANKS > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
-        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
     main()
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
