@@ -8,12 +8,18 @@
 #   METHODS= OUT=runs bash run_all.sh             the tables alone
 #
 # Stopped and given again, it goes on where it was. The tables are printed and kept in
-# OUT/tables.md. Exit code 0: done; 1: a run failed; 2: refused; 130, 143: stopped.
+# OUT/tables.md. Exit code 0: done; 1: a run failed; 2: refused.
 
 set -uf # -f: SEEDS='*' is no list of files
-SEEDS=${SEEDS-0 1 2} EPOCHS=${EPOCHS-200} DATA=${DATA-cifar10} DATA_DIR=${DATA_DIR-data}
-OUT=${OUT-runs} GPUS=${GPUS-} METHODS=${METHODS-vat mixmatch fixmatch} PYTHON=${PYTHON-python}
+SEEDS=${SEEDS-0 1 2}
+EPOCHS=${EPOCHS-200}
+DATA=${DATA-cifar10}
+DATA_DIR=${DATA_DIR-data}
+OUT=${OUT-runs}
+GPUS=${GPUS-}
+METHODS=${METHODS-vat mixmatch fixmatch}
 CONTROLS=${CONTROLS-none}
+PYTHON=${PYTHON-python}
 here=$(cd "$(dirname "$0")" && pwd)
 
 refuse() {
@@ -44,9 +50,10 @@ for word in "$@"; do
 done
 mkdir -p "$OUT" || refuse "OUT=$OUT cannot be made; choose another"
 
-run() { # method seed select eps [option ...], in the background, so that a signal can stop it
+run() { # method seed select eps [option ...]: one script
     local method=$1 seed=$2 select=$3 eps=$4
     shift 4
+    # in the background, because bash does not act on a signal before a foreground command ends
     "$PYTHON" "$here/${method}_scar.py" --data "$DATA" --data-dir "$DATA_DIR" --epochs "$EPOCHS" \
         --seed "$seed" --select "$select" --out "$(folder "$method" "$seed" "$select" "$eps")" \
         "$@" --eps "$eps" &
@@ -63,7 +70,7 @@ rows() { # method seed [option ...]: SCAR, then the controls from the same pretr
     local method=$1 seed=$2 own code=0
     [ "$method" = vat ] && own=${eps:-6} || own=${eps:-1}
     shift 2
-    trap 'kill $(jobs -p) 2> /dev/null; wait; exit 143' TERM
+    trap 'kill $(jobs -p) 2> /dev/null; wait; exit 1' TERM
     echo "== $method, seed $seed, SCAR"
     run "$method" "$seed" fgsm "$own" "$@" || return 1
     set -- "$@" --table2-eps 1 --pretrained "$(folder "$method" "$seed" fgsm "$own")/pretrain.pt"
@@ -80,16 +87,19 @@ stop() {
     kill $(jobs -p) 2> /dev/null
     wait
     echo "run_all.sh stopped; the same command goes on" >&2
-    exit "$1"
+    exit 1
 }
-trap 'stop 130' INT
-trap 'stop 143' TERM
-gpus=($GPUS) jobs=() failed=0
+trap stop INT TERM
+
+gpus=($GPUS)
+jobs=()
+failed=0
 for seed in $SEEDS; do
     for method in $METHODS; do
         if [ ${#gpus[@]} -gt 1 ]; then # each in the background, the n-th on the n-th GPU in turn
-            log=$OUT/${method}__seed$seed.log lane=$((${#jobs[@]} % ${#gpus[@]}))
-            before=
+            log=$OUT/${method}__seed$seed.log
+            lane=$((${#jobs[@]} % ${#gpus[@]}))
+            before= # the one that has this GPU now
             [ ${#jobs[@]} -lt ${#gpus[@]} ] || before=${jobs[-${#gpus[@]}]}
             echo "$method, seed $seed: on GPU ${gpus[$lane]}, output in $log"
             (

@@ -1,24 +1,27 @@
-"""VAT -> SCAR (Selecting Clean samples with Adversarial Robustness), in one file.
+r"""VAT -> SCAR (Selecting Clean samples with Adversarial Robustness), in one file.
 
-Pretrains a WideResNet with VAT on 4,000 labels. Then SCAR: the pretrained model labels every
-unlabeled image, and FGSM attacks it; the images whose label withstands the attack join the labeled
-set under that label, and VAT trains on from there for as long again. The second command is
-the control: the same fine-tuning from the same pretraining, with nothing added.
+Pretrains a WideResNet with VAT on 4,000 labels. Then SCAR: the pretrained model (theta~, the
+moving average of the weights) labels every unlabeled image, and FGSM attacks it. The images whose
+label withstands the attack join the labeled set under that label, and VAT goes on from theta~
+for as many epochs again. The second command is the control: the same with nothing added.
 
     python vat_scar.py --eps 6 --epochs 200
-    python vat_scar.py --eps 6 --epochs 200 --select none \\
+    python vat_scar.py --eps 6 --epochs 200 --select none \
         --pretrained runs/vat__cifar10__fgsm-eps6__seed0/pretrain.pt
 
-SCAR: Yang, Kim and Kim, "Improving Performance of Semi-Supervised Learning by Adversarial Attacks"
-(PAPER below; there 85.25 %, with SCAR 86.79 %). VAT: Miyato et al. 2017, arXiv:1704.03976, with the
-settings of vat.py in google-research/mixmatch. Measured: CIFAR-10 (JPEG), 9 + 9 epochs, seed 0,
-bf16, torch 2.11, one H100 (5.3 ms a step): 76.68 % after VAT, 75.20 % with SCAR, 78.42 % in the
-control.
+PAPER, in the comments: Yang, Kim and Kim, "Improving Performance of Semi-Supervised Learning by
+Adversarial Attacks", which reports 85.25 % for VAT and 86.79 % with SCAR.
+VAT: Miyato et al. 2017, arXiv:1704.03976, with the settings of vat.py in
+google-research/mixmatch.
+Measured on CIFAR-10 as JPEG files, 9 + 9 epochs, seed 0, bf16, torch 2.11, one
+H100 (5.3 ms a step): 76.68 % after VAT, 75.20 % with SCAR, 78.42 % in the control. After so short
+a pretraining SCAR did worse than simply training on (one seed).
 """
 
 import argparse
 import copy
 import csv
+import importlib.util
 import io
 import json
 import math
@@ -51,7 +54,7 @@ RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
 
 
 def parse_args(argv=None):
-    """The command line; a bad one ends the program with a sentence and exit code 2."""
+    """The command line; exits with code 2 and a message if it makes no sense."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--option value ...]   (--help lists the options)",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -60,14 +63,14 @@ def parse_args(argv=None):
     option = parser.add_argument
     data_sets = ["cifar10", "cifar100", "svhn", "stl10", "folder", "synthetic"]
     option("--data", default="cifar10", choices=data_sets, help="which images to train on")
-    option("--data-dir", default="data", help="where the images are, or are downloaded to")
-    option("--image-size", type=int, default=32, help="side to which other images are resized")
-    option("--num-labeled", type=int, help="labels; 4000, or all those of a folder with unlabeled/")
-    option("--val", type=int, default=0, help="score on this many held-out training images instead")
-    option("--seed", type=int, default=0, help="seed of the split, the first weights and all draws")
+    option("--data-dir", default="data", help="folder of the images, or to download them to")
+    option("--image-size", type=int, default=32, help="images of another size are resized to this")
+    option("--num-labeled", type=int, help="number of labels; 4000, or all if there is unlabeled/")
+    option("--val", type=int, default=0, help="hold out and score this many training images")
+    option("--seed", type=int, default=0, help="seed of the split, the weights and all draws")
     option("--depth", type=int, default=28, help="depth of the WideResNet, 6n + 4")
     option("--width", type=int, default=2, help="width of the WideResNet")
-    option("--epochs", type=int, default=200, help="epochs of pretraining and of fine-tuning, each")
+    option("--epochs", type=int, default=200, help="epochs of each phase: pretraining, fine-tuning")
     option("--steps-per-epoch", type=int, default=1024, help="training steps in an epoch")
     option("--batch-size", type=int, default=64, help="labeled images in a step; as many unlabeled")
     option("--lr", type=float, default=0.002, help="learning rate")
@@ -79,16 +82,17 @@ def parse_args(argv=None):
     option("--power-iterations", type=int, default=1, help="to find VAT's direction; 0: random")
     option("--entropy-weight", type=float, default=0.0, help="weight of the predictions' entropy")
     option("--eps", type=float, default=6.0, help="FGSM's step in 1/255; at 0 every image is kept")
-    selections = ["fgsm", "none", "confidence"]
-    option("--select", default="fgsm", choices=selections, help="what to add; none: the control")
-    table2_eps = [1.0, 2.0, 3.0, 4.0, 6.0]
-    option("--table2-eps", type=float, nargs="+", default=table2_eps, help="eps of Table 2's rows")
+    rules = ["fgsm", "none", "confidence"]
+    option("--select", default="fgsm", choices=rules, help="which images to add; none: the control")
+    table2 = [1.0, 2.0, 3.0, 4.0, 6.0]
+    option("--table2-eps", type=float, nargs="+", default=table2, help="Table 2's rows, with --eps")
     option("--pretrained", metavar="PATH", help="start at the selection, from this pretrain.pt")
-    devices, precisions = ["auto", "cpu", "cuda"], ["auto", "bf16", "fp32"]
-    option("--device", default="auto", choices=devices, help="auto: CUDA where there is a GPU")
-    option("--precision", default="auto", choices=precisions, help="auto: bf16 where CUDA has it")
-    switch = argparse.BooleanOptionalAction
-    option("--compile", action=switch, help="torch.compile and CUDA graphs; if omitted: on CUDA")
+    devices = ["auto", "cpu", "cuda"]
+    option("--device", default="auto", choices=devices, help="auto: CUDA if there is a GPU")
+    types = ["auto", "bf16", "fp32"]
+    option("--precision", default="auto", choices=types, help="auto: bf16 if the GPU supports it")
+    on_off = argparse.BooleanOptionalAction
+    option("--compile", action=on_off, help="torch.compile and CUDA graphs; if omitted: on CUDA")
     option("--tensorboard", action="store_true", help="write TensorBoard events as well")
     option("--out", help="folder; runs/<method>__<data>__<select>-eps<eps>__seed<seed> if omitted")
     parser.set_defaults(mu=1)  # unlabeled images in a step, for each labeled one
@@ -102,11 +106,11 @@ def parse_args(argv=None):
 
 
 def check_ranges(parser, args):
-    """Refuses numbers with which a run would train, but not as its user thinks."""
+    """Exits with a message if a number is out of its range."""
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            option = name.replace("_", "-")
-            parser.error(f"--{option} must be a finite number and not negative: {value}")
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} must be a finite number and not negative: {value}")
     counts = {
         "--width": args.width,
         "--epochs": args.epochs,
@@ -114,9 +118,9 @@ def check_ranges(parser, args):
         "--batch-size": args.batch_size,
         "--mu": args.mu,
     }
-    for option, value in counts.items():
+    for flag, value in counts.items():
         if value < 1:
-            parser.error(f"{option} must be at least 1: {value}")
+            parser.error(f"{flag} must be at least 1: {value}")
     if args.depth < 10 or (args.depth - 4) % 6 != 0:
         parser.error(f"--depth must be 6n + 4 (10, 16, 22, 28, ...): {args.depth}")
     if args.image_size < 16:
@@ -132,6 +136,8 @@ def check_ranges(parser, args):
 
 def resolve_defaults(parser, args):
     """Replaces "auto" and omitted options by what they mean on this machine."""
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        parser.error("--tensorboard needs the package tensorboard: pip install tensorboard")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -148,7 +154,7 @@ def resolve_defaults(parser, args):
 
 
 def data_name(args):
-    """What the data is called in the name of the run's folder: for a folder, its own name."""
+    """The data set's name in the run folder's name; for --data folder that of the image folder."""
     return Path(args.data_dir).resolve().name if args.data == "folder" else args.data
 
 
@@ -156,22 +162,23 @@ def data_name(args):
 
 
 def weak_augment(x):
-    """Flips each image with probability 1/2 and moves it by up to an eighth of its side, reflected.
+    """Flips each image with probability 1/2 and shifts it by up to an eighth of its side each way.
 
-    x: uint8 [N, 3, H, W] -> the same; else ValueError. Source: FixMatch, section 2.3.
+    Reflection fills the gap. x: uint8 [N, 3, H, W], else ValueError; returns the same. Source:
+    FixMatch, section 2.3.
     """
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
         raise ValueError(f"uint8 images [N, 3, H, W] are needed, not {x.dtype} {list(x.shape)}")
     n, _, h, w = x.shape
 
-    def moved(size):
-        """int64 [N, size]: where each row or column comes from, reflected at the borders."""
+    def source_of(size):
+        """int64 [N, size]: for each row or column of the output, that of the input it shows."""
         shift = torch.randint(-(size // 8), size // 8 + 1, (n, 1), device=x.device)
         position = torch.arange(size, device=x.device) + shift
-        return (size - 1) - ((size - 1) - position.abs()).abs()
+        return (size - 1) - ((size - 1) - position.abs()).abs()  # -1 -> 1, size -> size - 2
 
-    row = moved(h)
-    column = moved(w)
+    row = source_of(h)
+    column = source_of(w)
     flip = torch.rand(n, 1, device=x.device) < 0.5
     column = torch.where(flip, (w - 1) - column, column)
     pixel = (row[:, :, None] * w + column[:, None, :]).view(n, 1, h * w)
@@ -245,11 +252,12 @@ def vat_loss(
     loss = loss_labeled + lambda_u * loss_unlabeled
     if entropy_weight > 0:  # else the backward pass of p(x) is spared
         loss = loss + entropy_weight * entropy
-    return loss, {
+    metrics = {
         "loss_labeled": loss_labeled.detach(),
         "loss_unlabeled": loss_unlabeled.detach(),
         "entropy": entropy.detach(),
     }
+    return loss, metrics
 
 
 def batch_loss(model, x_l, y_l, x_u, lambda_u, args):
@@ -273,7 +281,7 @@ def batch_loss(model, x_l, y_l, x_u, lambda_u, args):
 # --------------------------------------------------------------------------------- SCAR's selection
 
 
-@torch.no_grad()  # fgsm enables the one gradient that it takes
+@torch.no_grad()  # fgsm turns gradients on for itself
 def select_clean(model, x, eps):
     """SCAR: keeps the images whose predicted label withstands FGSM.
 
@@ -293,7 +301,10 @@ def select_clean(model, x, eps):
 
 
 def select_confident(logits, count):
-    """SCAR's rival (PAPER, section III.A): keep, bool [N], the `count` most confident of [N, C]."""
+    """SCAR's baseline (PAPER, III.A): keep, bool [N], for the `count` most confident images.
+
+    logits: float [N, C].
+    """
     confidence = logits.double().softmax(dim=1).amax(dim=1)  # in float32 many round to 1
     keep = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     keep[confidence.topk(count).indices] = True
@@ -303,9 +314,11 @@ def select_confident(logits, count):
 def selection_stats(keep, pseudo, y):
     """How well a selection tells right pseudo-labels from wrong ones, in Python numbers.
 
-    keep: bool [N]; pseudo, y: int64 [N], predicted and true labels; y = -1 leaves an image out.
-    sensitivity: kept_correct / kept, the precision of the kept (PPV); specificity: rejected_wrong /
-    rejected, that of the rejected (NPV); percent, nan without any. Source: PAPER, equations 5, 6.
+    keep: bool [N]; pseudo, y: int64 [N], predicted and true labels. Images with y = -1 do not
+    count.
+    sensitivity: kept_correct / kept in percent, elsewhere called precision or PPV; specificity:
+    rejected_wrong / rejected in percent, elsewhere NPV; nan if the denominator is 0.
+    Source: PAPER, equations 5 and 6.
     """
     correct = pseudo == y
     kept = keep & (y >= 0)
@@ -322,7 +335,7 @@ def selection_stats(keep, pseudo, y):
 
 
 def percent(part, whole):
-    """100 * part / whole; nan where the whole is nothing."""
+    """100 * part / whole; nan if the whole is 0."""
     return 100 * part / whole if whole > 0 else math.nan
 
 
@@ -349,7 +362,8 @@ def schedule(step, total_steps, phase, args):
 def update_average(average, model, decay):
     """average = decay * average + (1 - decay) * model, in place; integer buffers are copied.
 
-    decay: float or 0-dim tensor. Parameters and batch-norm statistics; foreach: in a few kernels.
+    decay: float or 0-dim tensor. Batch-norm statistics are averaged too. The foreach functions need
+    one kernel for all tensors.
     """
     old, new = average.state_dict(), model.state_dict()
     floats = [name for name in old if old[name].is_floating_point()]
@@ -378,28 +392,32 @@ def evaluate(model, x, y):
 
 
 def draw_batches(pool, count, size, generator):
-    """int64 [count, size] out of pool, int64 [M]: shuffled passes, each entry once a pass."""
+    """Draws `count` batches of `size` entries from pool, int64 [M], shuffled anew for each pass.
+
+    Returns int64 [count, size].
+    """
     passes = math.ceil(count * size / len(pool))
     order = torch.rand(passes, len(pool), generator=generator, device=pool.device).argsort(dim=1)
     return pool[order.flatten()[: count * size]].view(count, size)
 
 
-def capture(function):
+def capture(function, warmup_calls=3):
     """A function of tensors as one CUDA graph; each call overwrites what the last one returned.
 
-    The first three calls run as they are: they compile, let cuDNN choose its algorithms and make
-    the optimizer's state, none of which a graph can record.
+    The first calls run as they are: they compile, let cuDNN choose its algorithms and make the
+    optimizer's state, none of which a graph can record.
     """
     graph = torch.cuda.CUDAGraph()
     calls = 0
-    static_inputs = outputs = None
+    static_inputs = None
+    outputs = None
 
     def call(*inputs):
         nonlocal calls, static_inputs, outputs
         calls += 1
-        if calls <= 3:
+        if calls <= warmup_calls:
             return function(*inputs)
-        if calls == 4:
+        if static_inputs is None:
             static_inputs = [tensor.clone() for tensor in inputs]
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 outputs = function(*static_inputs)  # recorded, not computed
@@ -423,70 +441,78 @@ def average_over_processes(tensors):
 
 
 def save(content, path):
-    """Writes text, a picture, or anything else by torch.save; under another name, then moved here.
+    """Process 0 writes text, a picture, or anything else by torch.save, and moves it into place.
 
-    So the file is whole or absent, also where two processes work in one folder.
+    So the file is complete, the old or the new one, even if two processes work in one folder.
     """
     if RANK > 0:
         return
-    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
     if isinstance(content, str):
-        beside.write_text(content, encoding="utf-8")
+        temporary.write_text(content, encoding="utf-8")
     elif isinstance(content, Image.Image):
-        content.save(beside)
+        content.save(temporary)
     else:
-        torch.save(content, beside)
-    os.replace(beside, path)
+        torch.save(content, temporary)
+    os.replace(temporary, path)
 
 
 def load(path):
-    """What torch.save wrote, on the CPU; ends with a sentence where it cannot be read."""
+    """What torch.save wrote, on the CPU; exits with a message if it cannot be read."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         sys.exit(f"error: cannot read {path}: {error.strerror}")
     except Exception:  # torch.load has a dozen kinds for a damaged file
-        sys.exit(f"error: cannot read {path}: it is damaged; replace or delete it")
+        sys.exit(
+            f"error: cannot read {path}: it is damaged or holds no tensors; replace or delete it"
+        )
 
 
 def load_json(path):
-    """What a .json file holds; ends with a sentence where it cannot be read."""
+    """What a .json file holds; exits with a message if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        sys.exit(f"error: cannot read {path}: {error}; replace or delete it")
+        sys.exit(f"error: cannot read {path} ({error}); repair it, or choose another folder")
 
 
-def refuse_another_run(folder, settings, names):
-    """Ends with a sentence where a setting in names is not that of the run in folder, if any."""
+def check_same_settings(folder, settings, names):
+    """Exits with a message if the run in the folder has another value of a setting in names."""
     if not (folder / "args.json").exists():
         return
     saved = load_json(folder / "args.json")
-    changes = []
+    differences = []
     for name in names:
         if saved.get(name) != settings[name]:
-            changes.append(f"{name} was {saved.get(name)}, now {settings[name]}")
-    if changes:
-        sys.exit(f"error: {folder} is of another run ({'; '.join(changes)}): choose another folder")
+            differences.append(f"{name} was {saved.get(name)}, now {settings[name]}")
+    if differences:
+        differences = "; ".join(differences)
+        sys.exit(f"error: {folder} holds another run ({differences}); choose another folder")
 
 
-def tensorboard_writer(out):
-    """Writes TensorBoard events to the folder; ends with a sentence where the package lacks."""
+def begin_folder(out, settings):
+    """Makes the run's folder, with its settings and a copy of this script, unless it is there."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        sys.exit("error: --tensorboard needs the package tensorboard: pip install tensorboard")
-    return SummaryWriter(out)
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / "args.json").exists():
+            save(json.dumps(settings, indent=1), out / "args.json")
+            save(Path(__file__).read_text(encoding="utf-8"), out / Path(__file__).name)
+    except OSError as error:
+        sys.exit(f"error: cannot write to {out} ({error}); choose another --out")
+
+
+# ------------------------------------------------------- Files and tables, the same in every script
 
 
 def data_title(args):
-    """What the data is called in tables."""
+    """The data set's name in tables; cifar10-jpeg is a folder of that name."""
     titles = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG)"}
     return titles.get(data_name(args), data_name(args))
 
 
-def machine(args):
-    """What a run ran on, for result.json."""
+def machine_info(args):
+    """What the run ran on, for result.json."""
     name = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
     peak_memory = None
     if args.device == "cuda":
@@ -512,7 +538,7 @@ def weights_of(model):
 
 
 def csv_text(rows):
-    """Dictionaries with the same keys as the text of a CSV file."""
+    """A list of dictionaries with the same keys as the text of a CSV file, a line each."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
@@ -521,12 +547,12 @@ def csv_text(rows):
 
 
 def without_nan(stats):
-    """The dictionary with None for nan, which JSON does not have."""
+    """Replaces nan by None, JSON's null: strict JSON has no nan."""
     return {name: None if value != value else value for name, value in stats.items()}
 
 
 def table2_rows(model, x, y, eps_values):
-    """The paper's Table 2 on images x with true labels y: selection_stats at each eps, in 1/255."""
+    """PAPER's Table 2 on images x with true labels y: selection_stats at each eps, in 1/255."""
     rows = []
     for eps in sorted(eps_values):
         keep, pseudo = select_clean(model, x, eps / 255)
@@ -567,8 +593,8 @@ def selection_picture(x, keep, pseudo, y, classes):
 def selection_rows(names, classes, kept, label, confidence, final_logits):
     """The rows of selection.csv, one for each unlabeled image.
 
-    names: N of them; kept: bool [N]; label, confidence: int64 and float [N], what theta~ says;
-    final_logits: float [N, C], of the final model.
+    names: file names or indices; kept: bool [N]; label, confidence: int64 and float [N], theta~'s;
+    final_logits: float [N, C], the final model's.
     """
     final_confidence, final_label = final_logits.softmax(dim=1).max(dim=1)
     kept, label, confidence = kept.tolist(), label.tolist(), confidence.tolist()
@@ -588,14 +614,21 @@ def selection_rows(names, classes, kept, label, confidence, final_logits):
 
 
 def print_tables(result, out):
-    """The rows of the paper's tables that the run in the folder `out` has measured."""
+    """Prints the rows of PAPER's tables that the run in the folder `out` has measured."""
     print(f"\nTable 1: {result['scored_on']} accuracy (%) on {result['data']} (files in {out})")
     print(f"{TITLE:40}{result['pretrain_accuracy']:6.2f}")
     fine_tuned = f"{TITLE} fine-tuned, --select {result['select']}"
     print(f"{fine_tuned:40}{result['final_accuracy']:6.2f}")
     if result["select"] != "none":
-        control = f"--select none --pretrained {out}/pretrain.pt --out {out}-control"
-        print(f"What the selection did, its control tells: {result['command']} {control}")
+        control = [
+            "--select",
+            "none",
+            "--pretrained",
+            f"{out}/pretrain.pt",
+            "--out",
+            f"{out}-control",
+        ]
+        print(f"To see what the selection did: {result['command']} {shlex.join(control)}")
     print("\nTable 2      sensitivity (%): right of kept   specificity (%): wrong of rejected")
     for row in result["table2"]:
         kept, kept_correct = row["kept"], row["kept_correct"]
@@ -613,7 +646,7 @@ def main(argv=None):
     args = parse_args(argv)
     out = Path(args.out)
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32; matrix products have it off
+    torch.backends.cudnn.allow_tf32 = False  # else convolutions use TF32; fgsm needs fp32
     if WORLD_SIZE > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -621,9 +654,9 @@ def main(argv=None):
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")  # process 0 prints for all
     if args.device == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot record a CUDA graph
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot record a CUDA graph
 
-    # The images, all of them on the device, and the labels that training may see: -1 for none
+    # All images, on the device, and the labels that training may see: -1 for those it may not
     try:
         tensors = load_images(args.data, args.data_dir, args.image_size)
         x, y, x_test, y_test = [tensor.to(args.device) for tensor in tensors]
@@ -633,7 +666,9 @@ def main(argv=None):
             if args.data == "folder" and y.min() < 0:  # it has unlabeled/
                 args.num_labeled = int((y >= 0).sum())
         labeled, unlabeled = split_labeled(y, args.num_labeled, args.seed, classes)
+        scored_on = "test"
         if args.val > 0:
+            scored_on = "validation"
             held_out, rest = split_labeled(y[unlabeled], args.val, args.seed, classes)
             x_test, y_test = x[unlabeled[held_out]], y[unlabeled[held_out]]
             unlabeled = unlabeled[rest]
@@ -643,21 +678,21 @@ def main(argv=None):
     labels = torch.full_like(y, -1)
     labels[labeled] = y[labeled]
 
-    # The run's folder: new, or this run's own; all checks come before the first file is written
+    # The run's folder: it must be new, or hold this very run
     settings = {"method": METHOD, **vars(args), "classes": classes}
     may_differ = ["device", "out", "data_dir", "compile", "tensorboard"]
-    refuse_another_run(out, settings, [name for name in settings if name not in may_differ])
+    check_same_settings(out, settings, [name for name in settings if name not in may_differ])
     if any(out.glob("[!.]*")) and not (out / "args.json").exists():
         sys.exit(f"error: {out} is not empty and holds no run; choose another --out")
     if args.pretrained is not None:
         folder = Path(args.pretrained).parent
-        refuse_another_run(folder, settings, ["method", "data", "num_labeled", "seed"])
+        check_same_settings(folder, settings, ["method", "data", "num_labeled", "seed"])
     if (out / "result.json").exists():
         result = load_json(out / "result.json")
         print_tables(result, out)
         return result
-    print(f"{len(classes)} classes, {len(labeled):,} labels, {len(unlabeled):,} unlabeled", end=" ")
-    print(f"images, {len(x_test):,} scored images")
+    print(f"{len(classes)} classes; {len(labeled):,} labeled, {len(unlabeled):,} unlabeled", end="")
+    print(f" and {len(x_test):,} {scored_on} images")
     if left_out:
         print(f"{len(left_out)} files left out: {', '.join(left_out[:5])}")
 
@@ -665,27 +700,31 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = WideResNet(len(classes), args.depth, args.width)
     model = model.to(args.device, memory_format=torch.channels_last)
-    average = copy.deepcopy(model).requires_grad_(False)  # evaluated; after pretraining: theta~
+    average = copy.deepcopy(model).requires_grad_(False)  # evaluated; theta~ after pretraining
     optimizer = make_optimizer(model, args)
     loss_function = torch.compile(batch_loss) if args.compile else batch_loss
 
     def training_step(index_l, index_u, lr, lambda_u, decay):
-        """One update. All arguments are tensors on the device, and nothing here waits for it."""
+        """One update; nothing in it waits for the device, so that a CUDA graph can record it.
+
+        index_l, index_u: int64 [B], [mu * B], images of the step; the others: 0-dim float32.
+        """
         x_l, y_l = x[index_l], labels[index_l]
         loss, metrics = loss_function(model, x_l, y_l, x[index_u], lambda_u, args)
         loss.backward()
         average_over_processes([p.grad for p in model.parameters() if p.grad is not None])
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr  # a tensor: a recorded step reads its value of the moment
         optimizer.step()
         optimizer.zero_grad()
         update_average(average, model, decay)
         return {"loss": loss.detach(), **metrics}
 
-    # Where it starts: at the checkpoint, at another run's theta~, or from scratch
+    # Start from the checkpoint, from another run's theta~, or from scratch
     rows = []  # of metrics.csv
     report = {}  # on theta~ and its selection, for result.json
-    pseudo = confidence = None  # theta~'s labels of the unlabeled images, for selection.csv
+    pseudo = None  # theta~'s labels of the unlabeled images
+    confidence = None
     if (out / "checkpoint.pt").exists():
         checkpoint = load(out / "checkpoint.pt")
         try:
@@ -698,48 +737,46 @@ def main(argv=None):
             pseudo, confidence = checkpoint["pseudo"], checkpoint["confidence"]
         except (KeyError, RuntimeError, TypeError, ValueError):
             sys.exit(
-                f"error: {out}/checkpoint.pt is of another version of this script or of other "
-                "images; choose another --out, or delete the folder to start over"
+                f"error: {out}/checkpoint.pt does not fit: it is from another version of this "
+                "script, or the images have changed; choose another --out"
             )
     elif args.pretrained is not None:
         try:
             average.load_state_dict(load(Path(args.pretrained)))
         except (RuntimeError, TypeError):
             sys.exit(f"error: {args.pretrained} holds no weights of this network")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not (out / "args.json").exists():
-            save(json.dumps(settings, indent=1), out / "args.json")
-            save(Path(__file__).read_text(encoding="utf-8"), out / Path(__file__).name)
-    except OSError as error:
-        sys.exit(f"error: cannot write to {out} ({error}); choose another --out")
-    board = tensorboard_writer(out) if args.tensorboard and RANK == 0 else None
+    begin_folder(out, settings)
+    board = None
+    if args.tensorboard and RANK == 0:
+        board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out)
 
     steps = args.steps_per_epoch
     phases = ["pretrain", "finetune"] if args.pretrained is None else ["finetune"]
     for phase in phases:
         epochs_done = len([row for row in rows if row["phase"] == phase])
         if phase == "finetune" and epochs_done == 0:
-            # SCAR, Algorithm 1; theta~ stays as it is, so one selection serves all epochs.
-            # Lines 5 to 8: theta~ labels every unlabeled image, FGSM attacks it, and it is kept if
-            # the label withstands the attack
-            keep, pseudo = select_clean(average, x[unlabeled], args.eps / 255)
-            logits = predict(average, x[unlabeled])
-            if args.select == "confidence":  # the rival: as many, the most confident ones
+            # ---- SCAR: PAPER, Algorithm 1. The paper selects in every epoch, but theta~ is fixed,
+            # so one selection between the phases gives the same images.
+            # Lines 5 to 8: theta~ labels every unlabeled image, FGSM attacks it, and the image is
+            # kept if the label withstands the attack
+            pool = x[unlabeled]
+            keep, pseudo = select_clean(average, pool, args.eps / 255)
+            logits = predict(average, pool)
+            if args.select == "confidence":  # the baseline: as many, but the most confident ones
                 keep = select_confident(logits, int(keep.sum()))
             elif args.select == "none":  # the control
                 keep = torch.zeros_like(keep)
-            # Lines 9 and 10: kept images join the labeled set; they stay in the unlabeled one too
+            # Lines 9 and 10: kept images join the labeled set, and stay in the unlabeled one too
             labels[unlabeled] = torch.where(keep, pseudo, -1)
-            if WORLD_SIZE > 1:
+            if WORLD_SIZE > 1:  # batch-norm statistics differ between processes: process 0's count
                 dist.broadcast(labels, 0)
-            # Line 11: training goes on from theta~, with a new optimizer and schedule
+            # Line 11: training goes on from theta~. training_step takes the new optimizer from here
             model.load_state_dict(average.state_dict())
             optimizer = make_optimizer(model, args)
 
-            # The report on theta~ and what it selected; y, the truth, is used here alone
+            # ---- The report. The true labels of the unlabeled images are used for it alone
             save(weights_of(average), out / "pretrain.pt")
-            picture = selection_picture(x[unlabeled], keep, pseudo, y[unlabeled], classes)
+            picture = selection_picture(pool, keep, pseudo, y[unlabeled], classes)
             save(picture, out / "selection.png")
             confidence = logits.softmax(dim=1).amax(dim=1)
             report = {
@@ -752,18 +789,20 @@ def main(argv=None):
                 },
                 "table2": table2_rows(average, x_test, y_test, set(args.table2_eps) | {args.eps}),
             }
-            print(f"theta~: {report['pretrain_accuracy']:.2f} %; of its labels", end=" ")
-            print(f"{int(keep.sum()):,} of {len(keep):,} join the labeled set")
+            print(f"theta~ has {report['pretrain_accuracy']:.2f} % accuracy;", end=" ")
+            print(f"{int(keep.sum()):,} of {len(keep):,} unlabeled images join the labeled set")
 
-        known = (labels >= 0).nonzero()[:, 0]
+        known = (labels >= 0).nonzero()[:, 0]  # labeled images; in fine-tuning the kept ones too
         step = training_step
-        if args.device == "cuda" and args.compile and WORLD_SIZE == 1:
+        if args.device == "cuda" and args.compile and WORLD_SIZE == 1:  # no exchange is recorded
             step = capture(training_step)
         for epoch in range(epochs_done + 1, args.epochs + 1):
             started = time.perf_counter()
-            # What an epoch draws follows from (seed, phase, epoch): a resumed run draws the same.
-            # The batches have a generator of their own, alike in all processes, and the unlabeled
-            # ones come first: a larger labeled set changes no augmentation and no unlabeled batch.
+            model.train()
+            # All draws of an epoch follow from (seed, phase, epoch): resumed on the same device, a
+            # run repeats them. A separate generator, seeded alike in every process, draws the
+            # batches, unlabeled ones first: although their labeled sets differ in size, a run and
+            # its control see the same unlabeled images with the same augmentation.
             epoch_seed = np.random.SeedSequence([args.seed, int(phase == "finetune"), epoch])
             augmentation_seed, batch_seed = epoch_seed.generate_state(2)
             torch.manual_seed(int(augmentation_seed) + RANK)
@@ -773,9 +812,9 @@ def main(argv=None):
             batches_u = batches_u[:, RANK::WORLD_SIZE]  # this process's share of each batch
             batches_l = batches_l[:, RANK::WORLD_SIZE]
             rates = []
-            for i in range((epoch - 1) * steps, epoch * steps):
-                lr, lambda_u = schedule(i, args.epochs * steps, phase, args)
-                decay = min(args.ema_decay, (1 + i) / (10 + i))  # at first the average moves faster
+            for t in range((epoch - 1) * steps, epoch * steps):
+                lr, lambda_u = schedule(t, args.epochs * steps, phase, args)
+                decay = min(args.ema_decay, (1 + t) / (10 + t))  # warm-up, in each phase
                 rates.append((lr, lambda_u, decay))
             rates_on_device = torch.tensor(rates, device=args.device)
 
@@ -789,10 +828,13 @@ def main(argv=None):
                 if sys.stdout.isatty() and i % 10 == 0:
                     print(f"{phase} {epoch}: step {i} of {steps}", end="\033[K\r", flush=True)
             average_over_processes(list(totals.values()))
-            means = {name: float(total) / steps for name, total in totals.items()}  # waits for it
+            # float() waits for the device
+            means = {name: float(total) / steps for name, total in totals.items()}
             ms_per_step = 1000 * (time.perf_counter() - steps_started) / steps
             if not math.isfinite(means["loss"]):
-                sys.exit(f"error: the loss is not finite in {phase} epoch {epoch}; lower --lr")
+                sys.exit(
+                    f"error: {phase} {epoch}: loss not finite; try lower --lr in another --out"
+                )
 
             accuracy = evaluate(average, x_test, y_test)
             seconds = time.perf_counter() - started
@@ -825,6 +867,7 @@ def main(argv=None):
             if board is not None:
                 for name in row.keys() - {"phase", "epoch"}:
                     board.add_scalar(f"{phase}/{name}", row[name], epoch)
+                board.flush()
         del step  # and with it the memory of its CUDA graph
 
     # The files of a finished run, and the tables
@@ -838,7 +881,7 @@ def main(argv=None):
     result = {
         "method": METHOD,
         "data": data_title(args),
-        "scored_on": "validation" if args.val > 0 else "test",
+        "scored_on": scored_on,
         "select": args.select,
         "eps": args.eps,
         "seed": args.seed,
@@ -847,7 +890,7 @@ def main(argv=None):
         "ms_per_step": ms_per_step,
         "images_per_second": 1000 * args.batch_size * (1 + args.mu) / ms_per_step,
         "seconds": sum(row["seconds"] for row in rows),
-        **machine(args),
+        **machine_info(args),
         "command": shlex.join(["python", *sys.argv]),
         "args": vars(args),
     }

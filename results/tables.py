@@ -13,125 +13,184 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-PAPER = {  # on CIFAR-10: name, accuracy without and with SCAR; by eps: sensitivity, specificity
-    "vat": ("VAT", "85.25", "86.79", {
-        1: ("92.22 (7587/8227)", "47.10 (835/1773)"),
-        2: ("95.76 (6543/6833)", "37.42 (1185/3167)"),
-        3: ("97.48 (5494/5636)", "30.55 (1333/4364)"),
-        4: ("98.35 (4716/4795)", "26.81 (1396/5205)"),
-        6: ("98.93 (3684/3724)", "22.86 (1435/6276)"),
-    }),
-    "mixmatch": ("MixMatch", "89.99", "92.99", {1: ("98.91 (6054/6124)", "24.13 (936/3879)")}),
-    "fixmatch": ("FixMatch", "94.13", "95.17", {1: ("99.59 (6385/6411)", "15.63 (561/3589)")}),
-}  # fmt: skip
-ROWS = {  # in the tables' order
+NAMES = {"vat": "VAT", "mixmatch": "MixMatch", "fixmatch": "FixMatch"}  # in the tables' order
+PAPER_TABLE1 = {  # on CIFAR-10: accuracy without and with SCAR
+    "vat": ("85.25", "86.79"),
+    "mixmatch": ("89.99", "92.99"),
+    "fixmatch": ("94.13", "95.17"),
+}
+PAPER_TABLE2 = {  # sensitivity, specificity
+    ("vat", 1): ("92.22 (7587/8227)", "47.10 (835/1773)"),
+    ("vat", 2): ("95.76 (6543/6833)", "37.42 (1185/3167)"),
+    ("vat", 3): ("97.48 (5494/5636)", "30.55 (1333/4364)"),
+    ("vat", 4): ("98.35 (4716/4795)", "26.81 (1396/5205)"),
+    ("vat", 6): ("98.93 (3684/3724)", "22.86 (1435/6276)"),
+    ("mixmatch", 1): ("98.91 (6054/6124)", "24.13 (936/3879)"),
+    ("fixmatch", 1): ("99.59 (6385/6411)", "15.63 (561/3589)"),
+}
+KINDS = {  # what was added for the fine-tuning, in the tables' order
     "none": "nothing (control)",
     "all": "every pseudo-label (eps 0)",
     "fgsm": "SCAR (eps {:g})",
     "confidence": "the most confident (as many as eps {:g} keeps)",
 }
+# a table for each combination of these; a row for each of any other setting, but for those that
+# change no result or are the row's own
 TITLE = "num_labeled depth width epochs steps_per_epoch batch_size val image_size".split()
-# What changes no result or makes a row of its own; options of earlier versions, where not used.
 FREE = "seed out data_dir device compile tensorboard pretrained table2_eps select eps".split()
+# options that a method does not have, or that only earlier versions had, as they stand when unused
 UNUSED = [("reselect", 0), ("true_share", None), ("mu", 1)]
 
 
 def read_run(path):
     """What the tables need of a result.json; an error where that is not in it."""
-    run = json.loads(path.read_text())
-    args, eps, added, settings = run["args"], run["eps"], run["selection"], {"image_size": 32}
-    settings |= args | {"ranks": run["ranks"]}
-    kind = "all" if (run["select"], eps) == ("fgsm", 0) else run["select"]
+    result = json.loads(path.read_text(encoding="utf-8"))
+    args = {"image_size": 32, **result["args"], "ranks": result["ranks"]}
+    kind = result["select"]
+    if kind == "fgsm" and result["eps"] == 0:
+        kind = "all"
+    choice = {}
+    for name, value in args.items():
+        if name not in TITLE + FREE and (name, value) not in UNUSED:
+            choice[name] = str(value)
+    table2 = {}
+    for row in result["table2"]:
+        kept = row["kept_correct"], row["kept"]
+        rejected = row["rejected_wrong"], row["rejected"]
+        table2[row["eps"]] = kept, rejected
     return {
-        "method": run["method"], "name": PAPER[run["method"]][0], "seed": int(run["seed"]),
-        "folder": path.parent.name, "theta": Path(args["pretrained"] or path).parent.name,
-        "before": run["pretrain_accuracy"], "after": run["final_accuracy"], "kind": kind,
-        "row": (list(ROWS).index(kind), 0 if kind == "none" else eps, ROWS[kind].format(eps)),
-        "added": (added["kept_correct"], added["kept"]),
-        "table2": {row["eps"]: ((row["kept_correct"], row["kept"]),
-                                (row["rejected_wrong"], row["rejected"])) for row in run["table2"]},
-        "title": (run["data"], *(int(settings[name]) for name in TITLE)),
-        "choice": {name: str(value) for name, value in settings.items()
-                   if name not in [*TITLE, *FREE] and (name, value) not in UNUSED},
-        "where": f"{run['device']}, torch {run['versions']['torch']}",
-        "hours": run["seconds"] / 3600,
-    }  # fmt: skip
+        "method": result["method"],
+        "seed": int(result["seed"]),
+        "folder": path.parent.name,
+        "theta": Path(args["pretrained"] or path).parent.name,  # the folder that pretrained it
+        "before": result["pretrain_accuracy"],
+        "after": result["final_accuracy"],
+        "kind": kind,
+        "eps": 0 if kind == "none" else result["eps"],
+        "added": (result["selection"]["kept_correct"], result["selection"]["kept"]),
+        "table2": table2,
+        "title": (result["data"], *(int(args[name]) for name in TITLE)),
+        "choice": tuple(sorted(choice.items())),
+        "where": f"{result['device']}, torch {result['versions']['torch']}",
+        "hours": result["seconds"] / 3600,
+    }
 
 
 def spread(values, sign=""):
     """Mean ± standard deviation and number, or a dash."""
+    if not values:
+        return "-"
     deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{mean(values):{sign}.2f}{deviation} (n = {len(values)})" if values else "-"
+    return f"{mean(values):{sign}.2f}{deviation} (n = {len(values)})"
 
 
 def rate(pairs):
     """Percent from the (part, whole) of each seed, with the mean numbers behind it."""
-    percents = [100 * part / whole for part, whole in pairs if whole]
-    if len(pairs) == 1:
-        return "{:.2f} ({}/{})".format(*percents, *pairs[0]) if percents else "none (0/0)"
-    parts, wholes = map(mean, zip(*pairs))
-    return f"{spread(percents)}, on average {parts:.1f}/{wholes:.1f}"
+    percents = [100 * part / whole for part, whole in pairs if whole > 0]
+    if len(pairs) > 1:
+        part = mean(part for part, _ in pairs)
+        whole = mean(whole for _, whole in pairs)
+        return f"{spread(percents)}, on average {part:.1f}/{whole:.1f}"
+    part, whole = pairs[0]
+    return f"{percents[0]:.2f} ({part}/{whole})" if whole > 0 else "none (0/0)"
 
 
-def rows_of(runs, label):
-    """Rows for Table 1 and Table 2 of a method's runs at one choice, and notes on what lacks."""
-    _, paper_before, paper_after, paper = PAPER[runs[0]["method"]]
-    pretrained = [run for run in reversed(runs) if run["theta"] == run["folder"]]
+def first_of_each_seed(runs):
+    """The runs without those whose seed an earlier one has."""
+    by_seed = {}
+    for run in runs:
+        by_seed.setdefault(run["seed"], run)
+    return list(by_seed.values())
+
+
+def method_rows(runs, label):
+    """Rows for Table 1 and Table 2 of one method's runs at one choice, and notes on what lacks."""
+    method = runs[0]["method"]
+    paper_before, paper_after = PAPER_TABLE1[method]
     control = {run["theta"]: run["after"] for run in runs if run["kind"] == "none"}
-    before = spread([*{run["seed"]: run["before"] for run in pretrained}.values()])
-    first, second, notes, by_eps = [[label, paper_before, before, "", "", ""]], [], [], {}
-    for row in sorted({run["row"] for run in runs}):
-        same = [run for run in reversed(runs) if run["row"] == row]
-        those = [*{run["seed"]: run for run in same}.values()]  # the first of each seed
-        what, kind = f"{label} + {row[2]}", same[0]["kind"]
-        over = [run["after"] - control[run["theta"]] for run in those if run["theta"] in control]
-        end = [spread(over, "+"), rate([run["added"] for run in those])]
+    pretrained = first_of_each_seed([run for run in runs if run["theta"] == run["folder"]])
+    first, second, notes = [], [], []
+    if pretrained:
+        before = spread([run["before"] for run in pretrained])
+        first.append([label, paper_before, before, "", "", ""])
+    rows = {(list(KINDS).index(run["kind"]), run["eps"]) for run in runs}
+    for index, eps in sorted(rows):
+        kind = list(KINDS)[index]
+        what = f"{label} + {KINDS[kind].format(eps)}"
+        same = [run for run in runs if (run["kind"], run["eps"]) == (kind, eps)]
+        those = first_of_each_seed(same)
+        after = spread([run["after"] for run in those])
         gain = spread([run["after"] - run["before"] for run in those], "+")
-        ours, end = spread([run["after"] for run in those]), ["", ""] if kind == "none" else end
-        first.append([what, paper_after if kind == "fgsm" else "", ours, gain, *end])
-        if kind == "fgsm" and len(over) < len(those):
+        paired = [run for run in those if run["theta"] in control]
+        over_control = spread([run["after"] - control[run["theta"]] for run in paired], "+")
+        added = rate([run["added"] for run in those])
+        if kind == "none":
+            over_control = added = ""
+        paper = paper_after if kind == "fgsm" else ""
+        first.append([what, paper, after, gain, over_control, added])
+        if kind == "fgsm" and len(paired) < len(those):
             notes.append(f"- {what} lacks a control, which tells what more epochs alone gain")
         if len(those) < len(same):
             notes.append(f"- {what}: {len(same)} runs, of which the first of each seed counts")
-    for run in pretrained:
-        for eps, pairs in run["table2"].items():
-            by_eps.setdefault(eps, {})[run["seed"]] = pairs
-    for eps, seeds in sorted(by_eps.items()):
-        cells = paper.get(eps, ("", ""))
-        second.append([f"{label} (eps {eps:g})", *cells, *map(rate, zip(*seeds.values()))])
-    return first if pretrained else first[1:], second, notes
+    for eps in sorted({eps for run in pretrained for eps in run["table2"]}):
+        measured = [run["table2"][eps] for run in pretrained if eps in run["table2"]]
+        sensitivity = rate([kept for kept, _ in measured])
+        specificity = rate([rejected for _, rejected in measured])
+        papers = PAPER_TABLE2.get((method, eps), ("", ""))
+        second.append([f"{label} (eps {eps:g})", *papers, sensitivity, specificity])
+    return first, second, notes
+
+
+def markdown(rows, paper_columns, with_paper):
+    """The lines of a table, the first row its head; the paper's columns only if asked for."""
+    lines = []
+    for row in rows:
+        cells = [cell for i, cell in enumerate(row) if with_paper or i not in paper_columns]
+        lines.append(f"| {' | '.join(cells)} |")
+        if len(lines) == 1:
+            lines.append(f"| {' | '.join('---' for _ in cells)} |")
+    return lines
 
 
 def tables(runs):
     """Both tables of runs of one title, notes and settings below them: Markdown."""
     data, labels, depth, width, epochs, steps, batch, val, size = runs[0]["title"]
-    scored, notes, settings = "validation" if val else "test", [], []
-    first = [[f"Table 1: {scored} accuracy (%)", "paper", "ours", "gain over pretraining",
-              "gain over control", "labels added, right (%)"]]  # fmt: skip
-    second = [[f"Table 2: theta~ on the {scored} images (%)", "sensitivity, paper",
-               "specificity, paper", "sensitivity: right among kept (PPV)",
-               "specificity: wrong among rejected (NPV)"]]  # fmt: skip
-    for method in sorted({run["method"] for run in runs}, key=list(PAPER).index):
+    scored = "validation" if val > 0 else "test"
+    gains = ["gain over pretraining", "gain over control", "labels added, right (%)"]
+    first = [[f"Table 1: {scored} accuracy (%)", "paper", "ours"] + gains]
+    papers = ["sensitivity, paper", "specificity, paper"]
+    ours = ["sensitivity: right among kept (PPV)", "specificity: wrong among rejected (NPV)"]
+    second = [[f"Table 2: theta~ on the {scored} images (%)"] + papers + ours]
+    notes = []
+    settings = []
+    for method, name in NAMES.items():
         those = [run for run in runs if run["method"] == method]
-        choices = sorted({tuple(sorted(run["choice"].items())) for run in those})
-        common, name = set.intersection(*map(set, choices)), those[0]["name"]
-        for one in choices:
-            label = ", ".join([name, *(f"{key} {value}" for key, value in one
-                                       if (key, value) not in common)])  # fmt: skip
-            parts = rows_of([run for run in those if run["choice"] == dict(one)], label)
-            first, second, notes = (old + new for old, new in zip((first, second, notes), parts))
-        told = ", ".join(f"{key} {value}" for key, value in sorted(common))
-        seeds = " ".join(map(str, sorted({run["seed"] for run in those})))
+        if not those:
+            continue
+        choices = sorted({run["choice"] for run in those})
+        common = set(choices[0]).intersection(*choices)
+        for choice in choices:
+            own = [f"{option} {value}" for option, value in choice if (option, value) not in common]
+            label = ", ".join([name] + own)
+            same = [run for run in those if run["choice"] == choice]
+            rows1, rows2, new_notes = method_rows(same, label)
+            first += rows1
+            second += rows2
+            notes += new_notes
+        told = ", ".join(f"{option} {value}" for option, value in sorted(common))
+        seeds = " ".join(str(seed) for seed in sorted({run["seed"] for run in those}))
         settings.append(f"- {name}: {told}; seeds {seeds}")
-    where, hours = "; ".join(sorted({run["where"] for run in runs})), sum(r["hours"] for r in runs)
     head = f"## {data}, {labels} labels, WRN-{depth}-{width}, {epochs} + {epochs} epochs of "
-    head += f"{steps} steps, batch {batch}" + f", {size} x {size} pixels" * (size != 32)
-    lines = [head + f", scored on {val} validation images" * bool(val), ""]
-    for rows, paper in ((first, (1,)), (second, (1, 2))):
-        rows = [[cell for i, cell in enumerate(row) if data == "CIFAR-10" or i not in paper]
-                for row in rows]  # fmt: skip
-        rows.insert(1, ["---"] * len(rows[0]))
-        lines += [*(f"| {' | '.join(row)} |" for row in rows), ""]
+    head += f"{steps} steps, batch {batch}"
+    if size != 32:
+        head += f", {size} x {size} pixels"
+    if val > 0:
+        head += f", scored on {val} validation images"
+    with_paper = data == "CIFAR-10"
+    lines = [head, "", *markdown(first, [1], with_paper), ""]
+    lines += [*markdown(second, [1, 2], with_paper), ""]
+    hours = sum(run["hours"] for run in runs)
+    where = "; ".join(sorted({run["where"] for run in runs}))
     return "\n".join([*lines, *notes, *settings, f"- {hours:.1f} hours on {where}\n"])
 
 
@@ -139,7 +198,8 @@ def main(argv=None):
     """Prints and writes the tables; the exit code is 1 where a file is damaged or none there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, help="the folder that holds the run folders")
-    out, runs, errors = parser.parse_args(argv).runs, [], []
+    out = parser.parse_args(argv).runs
+    runs, errors = [], []
     for path in sorted(out.glob("*/result.json")):
         try:
             runs.append(read_run(path))
@@ -147,11 +207,17 @@ def main(argv=None):
             errors.append(f"{path} is damaged or another kind of file ({type(error).__name__})")
     thetas = {run["folder"] for run in runs if run["theta"] == run["folder"]}
     kept = [run for run in runs if run["theta"] in thetas]
-    titles = sorted({run["title"] for run in kept})
-    parts = [tables([run for run in kept if run["title"] == title]) for title in titles]
-    left = [f"- left out: {run['folder']}, whose pretraining, {run['theta']}, is not here\n"
-            for run in runs if run["theta"] not in thetas]  # fmt: skip
-    text = "\n".join([*parts, "".join(left)] if left else parts)
+    parts = []
+    for title in sorted({run["title"] for run in kept}):
+        parts.append(tables([run for run in kept if run["title"] == title]))
+    left_out = ""
+    for run in runs:
+        if run["theta"] not in thetas:
+            pretraining = f"whose pretraining, {run['theta']}, is not here"
+            left_out += f"- left out: {run['folder']}, {pretraining}\n"
+    if left_out:
+        parts.append(left_out)
+    text = "\n".join(parts)
     print(text, end="")
     if kept:
         (out / "tables.md").write_text(text, encoding="utf-8")
