@@ -433,7 +433,8 @@ def save(content, path):
     elif isinstance(content, Image.Image):
         content.save(temporary)
     else:
-        torch.save(content, temporary)
+        with open(temporary, "wb") as file:  # given a path, torch.save does not name a full disk
+            torch.save(content, file)
     os.replace(temporary, path)
 
 

@@ -685,8 +685,11 @@ def test_no_two_epochs_draw_the_same(watched):
 def test_scores_are_the_averages_on_the_held_out_images(watched):
     """theta~'s accuracy and Table 2, each epoch's accuracy, the final one."""
     x, y, result = watched.images[watched.held_out], watched.y[watched.held_out], watched.result
-    for call in watched.calls["evaluate"]:
+    updates = watched.calls["update_average"]
+    averages = [updates[3].inputs[0], watched.theta, watched.theta, updates[9].inputs[0]]
+    for call, average in zip(watched.calls["evaluate"], averages + [watched.final], strict=True):
         assert torch.equal(call.inputs[1], x) and torch.equal(call.inputs[2], y)
+        close(call.inputs[0].state_dict(), average.state_dict(), rtol=0, atol=0)
     rows = read_rows(watched.out / "metrics.csv")
     assert [(row["phase"], row["epoch"]) for row in rows] == [
         ("pretrain", "1"), ("pretrain", "2"), ("finetune", "1"), ("finetune", "2"),
@@ -747,6 +750,21 @@ def test_controls_start_from_theta_and_add_their_own(
     assert result["selection"]["added"] == len(expected) - 100
     assert result["pretrain_accuracy"] == script.evaluate(theta, x_test, y_test)
     assert (result["selection"]["sensitivity"] is None) == (select == "none")
+
+
+def test_each_epoch_begins_in_training_mode(few_images, tmp_path, monkeypatch):
+    """So whoever evaluates the model itself, which leaves it in eval mode, trains on rightly."""
+    models, modes, batch_loss, evaluate = [], [], vat_scar.batch_loss, vat_scar.evaluate
+
+    def watching(model, *inputs):
+        models.append(model)
+        modes.append(model.training)
+        return batch_loss(model, *inputs)
+
+    monkeypatch.setattr(vat_scar, "batch_loss", watching)
+    monkeypatch.setattr(vat_scar, "evaluate", lambda _, x, y: evaluate(models[-1], x, y))
+    run(vat_scar, tmp_path / "run")
+    assert modes == 12 * [True] and not models[-1].training
 
 
 def test_tensorboard_gets_each_epochs_numbers(few_images, tmp_path, monkeypatch):
@@ -921,6 +939,20 @@ def test_compile_reaches_the_loss_and_its_errors_come_whole(few_images, tmp_path
         run(mixmatch_scar, tmp_path / "run", "--compile")
 
 
+def test_the_scripts_copy_is_of_the_beginning(few_images, tmp_path):
+    run(vat_scar, tmp_path / "run")
+    (tmp_path / "run" / "vat_scar.py").write_text("as it was")
+    (tmp_path / "run" / "result.json").unlink()
+    run(vat_scar, tmp_path / "run")
+    assert (tmp_path / "run" / "vat_scar.py").read_text() == "as it was"
+
+
+def test_a_run_switches_tf32_off(few_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    run(vat_scar, tmp_path / "run", "--epochs", 1)
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_a_second_run_on_the_folder_changes_nothing(few_images, tmp_path, monkeypatch):
     """It starts in the first one's third epoch, goes on from its checkpoint and ends before it."""
     results, evaluate = [], vat_scar.evaluate
@@ -1021,6 +1053,38 @@ def test_processes_that_do_not_divide_the_batch_are_refused(tmp_path, monkeypatc
     monkeypatch.setattr(vat_scar, "WORLD_SIZE", 3)
     argv = [*SMALL, "--out", tmp_path / "run"]
     assert "--batch-size 4 does not divide among 3" in refusal(capsys, vat_scar, *argv)
+
+
+@each_script
+def test_two_processes_share_each_batch(script, few_images, tmp_path, monkeypatch):
+    """Disjoint halves, augmented each in its own way; process 0's labels are everybody's."""
+    for name in ("init_process_group", "all_reduce"):
+        monkeypatch.setattr(script.dist, name, lambda *args: None)
+    monkeypatch.setattr(script, "average_over_processes", lambda tensors: None)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    seen, broadcasts, batch_loss = [], [], script.batch_loss
+    monkeypatch.setattr(script.dist, "broadcast", lambda *args: broadcasts.append(args))
+
+    def watching(*inputs):
+        seen.append((inputs[1].flatten(1).tolist(), inputs[3].flatten(1).tolist(), inputs[2]))
+        seen.append(torch.get_rng_state().tolist())
+        return batch_loss(*inputs)
+
+    monkeypatch.setattr(script, "batch_loss", watching)
+    for world_size, rank in ((1, 0), (2, 0), (2, 1)):
+        monkeypatch.setattr(script, "WORLD_SIZE", world_size)
+        monkeypatch.setattr(script, "RANK", rank)
+        run(script, tmp_path / f"{world_size}{rank}", "--epochs", 1, "--select", "none")
+    whole, first, second = seen[:12], seen[12:24], seen[24:]
+    for i in range(0, 12, 2):
+        for part in range(2):
+            assert len(first[i][part]) == len(second[i][part]) == len(whole[i][part]) / 2
+            assert sorted(first[i][part] + second[i][part]) == sorted(whole[i][part])
+        assert first[i + 1] != second[i + 1]
+    assert [source for _, source in broadcasts] == [0, 0]
+    labeled, _ = split_labeled(few_images[1], 100, 0)
+    assert all(torch.equal((labels >= 0).nonzero()[:, 0], labeled) for labels, _ in broadcasts)
+    assert not (tmp_path / "21").exists() or not any((tmp_path / "21").iterdir())
 
 
 def test_rank_without_world_size_counts_for_nothing():
