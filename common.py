@@ -86,7 +86,7 @@ BENCHMARKS = {  # torchvision's class, its words for training and test images, w
     "stl10": (STL10, "train+unlabeled", "test", "stl10_binary.tar.gz"),
 }
 SHAPES = "disk,ring,square,frame,triangle,plus,bar,two bars,half disk,four dots".split(",")
-# the files that Pillow reads; those taken out it only writes, or knows no more of than the name
+# Pillow's extensions but for those that it only writes or has no decoder for
 IMAGE_KINDS = set(Image.registered_extensions()) - {".pdf", ".palm", ".mpg", ".mpeg", ".h5", ".hdf"}
 
 
@@ -166,13 +166,16 @@ def _list_folder(root):
         if len(names) < 2:
             raise ValueError(f"{root / part} has {len(names)} class folders; it needs two or more")
     if classes["train"] != classes["test"]:
-        names = ", ".join(sorted(set(classes["train"]) ^ set(classes["test"])))
-        raise ValueError(f"{root}: train and test must have the same classes; only one has {names}")
+        only_one = ", ".join(sorted(set(classes["train"]) ^ set(classes["test"])))
+        raise ValueError(
+            f"{root}: train and test must have the same classes; only one has {only_one}"
+        )
+    names = classes["train"]
     folders = [(part, i, root / part / name) for part in shown for i, name in enumerate(names)]
     if os.path.lexists(root / "unlabeled"):
         folders.append(("train", -1, root / "unlabeled"))
     left_out = [f"{part}/{path.name}" for part in shown for path in shown[part] if path.is_file()]
-    images = {"train": {}, "test": {}}  # by the file that a link leads to: it counts once
+    images = {"train": {}, "test": {}}  # by resolved path: a file that is linked twice counts once
     for part, label, folder in folders:
         count = len(images[part])
         for path in sorted(folder.rglob("*"), key=os.path.split):
@@ -255,8 +258,9 @@ def split_labeled(y, num_labeled, seed, classes=None):
     """Chooses the images whose labels training may see: (labeled_idx, unlabeled_idx).
 
     y: int64 [N], -1 without a label. Returns two ascending int64 tensors on the CPU, disjoint,
-    together 0 .. N - 1. Each class gets num_labeled // C labels; of a remainder, classes drawn at
-    random get one more each; all labels that there are may be asked for if some image has none.
+    together 0 .. N - 1. Each class gets num_labeled // C labels; if that leaves a remainder,
+    randomly chosen classes get one more. If some images have no label, num_labeled may be the
+    number of all labels: then all are taken, however uneven the classes.
     Raises ValueError, with the class's name from `classes`, when there are too few images.
     """
     y = y.cpu()

@@ -63,8 +63,12 @@ def parse_args(argv=None):
     option("--data", default="cifar10", choices=data_sets, help="which images to train on")
     option("--data-dir", default="data", help="folder of the images, or to download them to")
     option("--image-size", type=int, default=32, help="images of another size are resized to this")
-    option("--num-labeled", type=int, help="number of labels; 4000, or all if there is unlabeled/")
-    option("--val", type=int, default=0, help="hold out and score this many training images")
+    option(
+        "--num-labeled", type=int, help="labels; if omitted: 4000, or all if there is unlabeled/"
+    )
+    option(
+        "--val", type=int, default=0, help="score on this many training images, not the test set"
+    )
     option("--seed", type=int, default=0, help="seed of the split, the weights and all draws")
     option("--depth", type=int, default=28, help="depth of the WideResNet, 6n + 4")
     option("--width", type=int, default=2, help="width of the WideResNet")
@@ -220,7 +224,7 @@ def mixmatch_loss(
     x_l: float [B, 3, H, W] in [0, 1], y_l: int64 [B]; x_u1, x_u2: float [B, 3, H, W], two weak
     views of the same images; temperature above 0; alpha at least 0, 0 switches MixUp off; lambda_u:
     float or 0-dim tensor. mix: float [3B] in [0.5, 1], the share of an image itself in its mixture;
-    perm: int64 [3B], whom it is mixed with; both drawn when None.
+    perm: int64 [3B], the image that it is mixed with; both drawn when None.
     Returns (loss, metrics): a scalar, and detached scalars loss_labeled and loss_unlabeled (without
     lambda_u; the mean over images and classes).
     Source: MixMatch, algorithm 1 and equations 2 to 5; google-research/mixmatch, mixmatch.py.
@@ -230,7 +234,7 @@ def mixmatch_loss(
         prob = prob.view(2, len(x_u1), -1).mean(dim=0)
         guess = (prob.log() / temperature).softmax(dim=1)  # p^(1/T), rescaled to sum 1
 
-    # MixUp: every image, labeled or not, with any other of the step
+    # MixUp: every image, labeled or not, with a random one of the step
     x = torch.cat([x_l, x_u1, x_u2])
     target = torch.cat([F.one_hot(y_l, guess.shape[1]), guess, guess])
     mix = draw_mix(len(x), alpha, x.device) if mix is None else mix.float()
@@ -265,9 +269,9 @@ def batch_loss(model, x_l, y_l, x_u, lambda_u, args):
 def select_clean(model, x, eps):
     """SCAR: keeps the images whose predicted label withstands FGSM.
 
-    model: float [N, 3, H, W] in [0, 1] -> logits, left in eval mode; x: uint8, or float in [0, 1],
-    [N, 3, H, W], not augmented; eps: FGSM's step on the [0, 1] scale. Returns (keep, pseudo): bool
-    [N], int64 [N]. Source: PAPER, Algorithm 1, lines 5 to 8.
+    model: float [N, 3, H, W] in [0, 1] -> logits; it is left in eval mode. x: uint8, or float in
+    [0, 1], [N, 3, H, W], not augmented; eps: FGSM's step on the [0, 1] scale. Returns (keep,
+    pseudo): bool [N], int64 [N]. Source: PAPER, Algorithm 1, lines 5 to 8.
     """
     model.eval()
     keep, pseudo = [], []
@@ -334,7 +338,7 @@ def make_optimizer(model, args):
 
 
 def schedule(step, total_steps, phase, args):
-    """(lr, lambda_u) at a step: lr as it is; lambda_u rises over 16,384 steps, of both phases."""
+    """(lr, lambda_u) at a step: a constant lr; lambda_u rises over 16,384 steps of both phases."""
     done = step + (total_steps if phase == "finetune" else 0)
     return args.lr, min(1.0, done / 16384) * args.lambda_u
 
@@ -421,9 +425,10 @@ def average_over_processes(tensors):
 
 
 def save(content, path):
-    """Process 0 writes text, a picture, or anything else by torch.save, and moves it into place.
+    """Writes text, a picture, or anything else by torch.save, beside path, then renames the file.
 
-    So the file is complete, the old or the new one, even if two processes work in one folder.
+    So a reader finds the old file or the new one, never half of it. The process's number in the
+    name keeps two runs in one folder apart. Only process 0 of torchrun writes.
     """
     if RANK > 0:
         return
@@ -459,7 +464,7 @@ def load_json(path):
 
 
 def check_same_settings(folder, settings, names):
-    """Exits with a message if the run in the folder has another value of a setting in names."""
+    """Exits with a message if the run in the folder, if any, differs in a setting in names."""
     if not (folder / "args.json").exists():
         return
     saved = load_json(folder / "args.json")
@@ -469,11 +474,11 @@ def check_same_settings(folder, settings, names):
             differences.append(f"{name} was {saved.get(name)}, now {settings[name]}")
     if differences:
         differences = "; ".join(differences)
-        sys.exit(f"error: {folder} holds another run ({differences}); choose another folder")
+        sys.exit(f"error: {folder} is of other settings ({differences}); choose another folder")
 
 
 def begin_folder(out, settings):
-    """Makes the run's folder, with its settings and a copy of this script, unless it is there."""
+    """Makes the run's folder with its settings and a copy of the script that begins the run."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not (out / "args.json").exists():
@@ -529,7 +534,7 @@ def csv_text(rows):
 
 def without_nan(stats):
     """Replaces nan by None, JSON's null: strict JSON has no nan."""
-    return {name: None if value != value else value for name, value in stats.items()}
+    return {name: None if math.isnan(value) else value for name, value in stats.items()}
 
 
 def table2_rows(model, x, y, eps_values):
@@ -558,7 +563,8 @@ def selection_picture(x, keep, pseudo, y, classes):
     for left_edge, title, group in ((left, "kept", keep), (left + 9 * side, "rejected", ~keep)):
         pen.text((left_edge, 2), title, "black")
         for label in range(len(classes)):
-            members = order[(group & (pseudo == label))[order]]
+            in_row = group & (pseudo == label)
+            members = order[in_row[order]]  # in random order
             for i, n in enumerate(members[:8].tolist()):
                 colour = "green" if y[n] == label else "red"
                 if y[n] < 0:
@@ -601,16 +607,10 @@ def print_tables(result, out):
     fine_tuned = f"{TITLE} fine-tuned, --select {result['select']}"
     print(f"{fine_tuned:40}{result['final_accuracy']:6.2f}")
     if result["select"] != "none":
-        control = [
-            "--select",
-            "none",
-            "--pretrained",
-            f"{out}/pretrain.pt",
-            "--out",
-            f"{out}-control",
-        ]
-        print(f"To see what the selection did: {result['command']} {shlex.join(control)}")
-    print("\nTable 2      sensitivity (%): right of kept   specificity (%): wrong of rejected")
+        theta, folder = shlex.quote(f"{out}/pretrain.pt"), shlex.quote(f"{out}-control")
+        control = f"--select none --pretrained {theta} --out {folder}"
+        print(f"To see what the selection did: {result['command']} {control}")
+    print("\nTable 2      sensitivity (%): right / kept     specificity (%): wrong / rejected")
     for row in result["table2"]:
         kept, kept_correct = row["kept"], row["kept_correct"]
         rejected, rejected_wrong = row["rejected"], row["rejected_wrong"]
@@ -716,6 +716,7 @@ def main(argv=None):
             rows = checkpoint["rows"]
             report = checkpoint["report"]
             pseudo, confidence = checkpoint["pseudo"], checkpoint["confidence"]
+            print(f"resumes after {rows[-1]['phase']} epoch {rows[-1]['epoch']}")
         except (KeyError, RuntimeError, TypeError, ValueError):
             sys.exit(
                 f"error: {out}/checkpoint.pt does not fit: it is from another version of this "
@@ -749,9 +750,11 @@ def main(argv=None):
                 keep = torch.zeros_like(keep)
             # Lines 9 and 10: kept images join the labeled set, and stay in the unlabeled one too
             labels[unlabeled] = torch.where(keep, pseudo, -1)
-            if WORLD_SIZE > 1:  # batch-norm statistics differ between processes: process 0's count
+            if (
+                WORLD_SIZE > 1
+            ):  # batch-norm statistics differ, so selections may: all use process 0's
                 dist.broadcast(labels, 0)
-            # Line 11: training goes on from theta~. training_step takes the new optimizer from here
+            # Line 11: training goes on from theta~; training_step uses the new optimizer from here
             model.load_state_dict(average.state_dict())
             optimizer = make_optimizer(model, args)
 
@@ -762,7 +765,7 @@ def main(argv=None):
             confidence = logits.softmax(dim=1).amax(dim=1)
             report = {
                 "pretrain_accuracy": evaluate(average, x_test, y_test),
-                "selection": {
+                "selection": {  # images without a true label count in the first two and the last
                     "unlabeled": len(unlabeled),
                     "added": int(keep.sum()),
                     **without_nan(selection_stats(keep, pseudo, y[unlabeled])),
@@ -781,9 +784,9 @@ def main(argv=None):
             started = time.perf_counter()
             model.train()
             # All draws of an epoch follow from (seed, phase, epoch): resumed on the same device, a
-            # run repeats them. A separate generator, seeded alike in every process, draws the
-            # batches, unlabeled ones first: although their labeled sets differ in size, a run and
-            # its control see the same unlabeled images with the same augmentation.
+            # run repeats them. Batches come from a separate generator, seeded alike in every
+            # process. Unlabeled ones are drawn first, so they do not depend on the size of the
+            # labeled set: a run and its control see the same unlabeled images, augmented alike.
             epoch_seed = np.random.SeedSequence([args.seed, int(phase == "finetune"), epoch])
             augmentation_seed, batch_seed = epoch_seed.generate_state(2)
             torch.manual_seed(int(augmentation_seed) + RANK)
@@ -813,9 +816,7 @@ def main(argv=None):
             means = {name: float(total) / steps for name, total in totals.items()}
             ms_per_step = 1000 * (time.perf_counter() - steps_started) / steps
             if not math.isfinite(means["loss"]):
-                sys.exit(
-                    f"error: {phase} {epoch}: loss not finite; try lower --lr in another --out"
-                )
+                sys.exit(f"error: {phase} {epoch}: loss not finite; lower --lr, in a new --out")
 
             accuracy = evaluate(average, x_test, y_test)
             seconds = time.perf_counter() - started

@@ -385,7 +385,11 @@ def test_batch_loss_hands_each_view_to_its_place(script, monkeypatch):
     seen, y = [], torch.arange(4)
     monkeypatch.setattr(script, "weak_augment", lambda x: x + 1)
     monkeypatch.setattr(script, "strong_augment", lambda x: x + 2, raising=False)
-    monkeypatch.setattr(script, f"{script.METHOD}_loss", lambda model, *inputs: seen.extend(inputs))
+    monkeypatch.setattr(
+        script,
+        f"{script.METHOD}_loss",
+        lambda model, *inputs, **options: seen.extend([*inputs, *options.values()]),
+    )
     x_l, x_u = (torch.full((4, 3, 8, 8), value, dtype=torch.uint8) for value in (10, 100))
     script.batch_loss(None, x_l, y, x_u, 0.123, script.parse_args(["--precision", "fp32"]))
     views = [round(255 * float(x.mean())) for x in seen if torch.is_tensor(x) and x.ndim == 4]
@@ -407,6 +411,22 @@ def test_schedules():
     args = fixmatch_scar.parse_args([])
     rates = [fixmatch_scar.schedule(i, 16, "finetune", args)[0] for i in (0, 8)]
     assert rates == pytest.approx([0.03, 0.03 * math.cos(7 * math.pi / 32)])
+
+
+@each_script
+def test_bf16_gives_every_parameter_nearly_the_gradient_of_fp32(script, images):
+    """A forward under no_grad comes first in MixMatch: autocast must not reuse its casts."""
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        args = script.parse_args(["--precision", precision])
+        torch.manual_seed(0)
+        model = WideResNet(10, 10, 1)
+        loss, _ = script.batch_loss(
+            model, images[0][:16], images[1][:16], images[0][16:32], 1.0, args
+        )
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert 0.98 < F.cosine_similarity(*gradients, dim=0) < 0.99999
 
 
 @each_script

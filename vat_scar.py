@@ -14,8 +14,8 @@ Adversarial Attacks", which reports 85.25 % for VAT and 86.79 % with SCAR.
 VAT: Miyato et al. 2017, arXiv:1704.03976, with the settings of vat.py in
 google-research/mixmatch.
 Measured on CIFAR-10 as JPEG files, 9 + 9 epochs, seed 0, bf16, torch 2.11, one
-H100 (5.3 ms a step): 76.68 % after VAT, 75.20 % with SCAR, 78.42 % in the control. After so short
-a pretraining SCAR did worse than simply training on (one seed).
+H100 (5.3 ms a step): 76.68 % after VAT, 75.20 % with SCAR, 78.42 % in the control. After such
+short pretraining SCAR did worse than the control (one seed).
 """
 
 import argparse
@@ -65,8 +65,12 @@ def parse_args(argv=None):
     option("--data", default="cifar10", choices=data_sets, help="which images to train on")
     option("--data-dir", default="data", help="folder of the images, or to download them to")
     option("--image-size", type=int, default=32, help="images of another size are resized to this")
-    option("--num-labeled", type=int, help="number of labels; 4000, or all if there is unlabeled/")
-    option("--val", type=int, default=0, help="hold out and score this many training images")
+    option(
+        "--num-labeled", type=int, help="labels; if omitted: 4000, or all if there is unlabeled/"
+    )
+    option(
+        "--val", type=int, default=0, help="score on this many training images, not the test set"
+    )
     option("--seed", type=int, default=0, help="seed of the split, the weights and all draws")
     option("--depth", type=int, default=28, help="depth of the WideResNet, 6n + 4")
     option("--width", type=int, default=2, help="width of the WideResNet")
@@ -208,14 +212,15 @@ def vat_direction(model, x, prob, xi, power_iterations, d0=None):
     which a direction is probed; power_iterations: how often, with 0 the direction is random; d0:
     float like x, where the search starts, drawn from N(0, 1) when None.
     Returns float like x, of L2 norm 1 over each image.
-    Source: VAT, section 3.3, algorithm 1: KL(prob to p(x + r)) has its minimum at r = 0, so its
-    gradient at xi * d is the Hessian's product with xi * d; normalized, a step of power iteration.
+    Source: VAT, section 3.3, algorithm 1: KL(prob to p(x + r)) has its minimum at r = 0, so for a
+    small xi its gradient at xi * d is the Hessian's product with xi * d; normalized, a step of
+    power iteration. In bf16 a xi of 0.01 is too small: what it finds is noise (results/README.md).
     """
 
     def divergence(r):
         logits = forward_untracked(model, x + r)
-        # KL but for the entropy of prob, on which r has no influence; in float64, because a
-        # small xi makes differences that float32 rounds away
+        # KL but for the entropy of prob, on which r has no influence; in float64, so that here
+        # nothing of the small differences is rounded away
         return F.cross_entropy(logits.double(), prob.double(), reduction="sum")
 
     d = F.normalize(torch.randn_like(x) if d0 is None else d0, dim=(1, 2, 3))
@@ -270,11 +275,11 @@ def batch_loss(model, x_l, y_l, x_u, lambda_u, args):
             x_l,
             y_l,
             x_u,
-            args.xi,
-            args.vat_eps,
-            args.power_iterations,
-            lambda_u,
-            args.entropy_weight,
+            xi=args.xi,
+            vat_eps=args.vat_eps,
+            power_iterations=args.power_iterations,
+            lambda_u=lambda_u,
+            entropy_weight=args.entropy_weight,
         )
 
 
@@ -285,9 +290,9 @@ def batch_loss(model, x_l, y_l, x_u, lambda_u, args):
 def select_clean(model, x, eps):
     """SCAR: keeps the images whose predicted label withstands FGSM.
 
-    model: float [N, 3, H, W] in [0, 1] -> logits, left in eval mode; x: uint8, or float in [0, 1],
-    [N, 3, H, W], not augmented; eps: FGSM's step on the [0, 1] scale. Returns (keep, pseudo): bool
-    [N], int64 [N]. Source: PAPER, Algorithm 1, lines 5 to 8.
+    model: float [N, 3, H, W] in [0, 1] -> logits; it is left in eval mode. x: uint8, or float in
+    [0, 1], [N, 3, H, W], not augmented; eps: FGSM's step on the [0, 1] scale. Returns (keep,
+    pseudo): bool [N], int64 [N]. Source: PAPER, Algorithm 1, lines 5 to 8.
     """
     model.eval()
     keep, pseudo = [], []
@@ -354,7 +359,7 @@ def make_optimizer(model, args):
 
 
 def schedule(step, total_steps, phase, args):
-    """(lr, lambda_u) at a step: lr as it is; lambda_u rises over 40 % of pretraining, then full."""
+    """(lr, lambda_u) at a step: a constant lr; lambda_u rises over 40 % of pretraining."""
     ramp = 1.0 if phase == "finetune" else min(1.0, step / (0.4 * total_steps))
     return args.lr, ramp * args.lambda_u
 
@@ -441,9 +446,10 @@ def average_over_processes(tensors):
 
 
 def save(content, path):
-    """Process 0 writes text, a picture, or anything else by torch.save, and moves it into place.
+    """Writes text, a picture, or anything else by torch.save, beside path, then renames the file.
 
-    So the file is complete, the old or the new one, even if two processes work in one folder.
+    So a reader finds the old file or the new one, never half of it. The process's number in the
+    name keeps two runs in one folder apart. Only process 0 of torchrun writes.
     """
     if RANK > 0:
         return
@@ -479,7 +485,7 @@ def load_json(path):
 
 
 def check_same_settings(folder, settings, names):
-    """Exits with a message if the run in the folder has another value of a setting in names."""
+    """Exits with a message if the run in the folder, if any, differs in a setting in names."""
     if not (folder / "args.json").exists():
         return
     saved = load_json(folder / "args.json")
@@ -489,11 +495,11 @@ def check_same_settings(folder, settings, names):
             differences.append(f"{name} was {saved.get(name)}, now {settings[name]}")
     if differences:
         differences = "; ".join(differences)
-        sys.exit(f"error: {folder} holds another run ({differences}); choose another folder")
+        sys.exit(f"error: {folder} is of other settings ({differences}); choose another folder")
 
 
 def begin_folder(out, settings):
-    """Makes the run's folder, with its settings and a copy of this script, unless it is there."""
+    """Makes the run's folder with its settings and a copy of the script that begins the run."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not (out / "args.json").exists():
@@ -549,7 +555,7 @@ def csv_text(rows):
 
 def without_nan(stats):
     """Replaces nan by None, JSON's null: strict JSON has no nan."""
-    return {name: None if value != value else value for name, value in stats.items()}
+    return {name: None if math.isnan(value) else value for name, value in stats.items()}
 
 
 def table2_rows(model, x, y, eps_values):
@@ -578,7 +584,8 @@ def selection_picture(x, keep, pseudo, y, classes):
     for left_edge, title, group in ((left, "kept", keep), (left + 9 * side, "rejected", ~keep)):
         pen.text((left_edge, 2), title, "black")
         for label in range(len(classes)):
-            members = order[(group & (pseudo == label))[order]]
+            in_row = group & (pseudo == label)
+            members = order[in_row[order]]  # in random order
             for i, n in enumerate(members[:8].tolist()):
                 colour = "green" if y[n] == label else "red"
                 if y[n] < 0:
@@ -621,16 +628,10 @@ def print_tables(result, out):
     fine_tuned = f"{TITLE} fine-tuned, --select {result['select']}"
     print(f"{fine_tuned:40}{result['final_accuracy']:6.2f}")
     if result["select"] != "none":
-        control = [
-            "--select",
-            "none",
-            "--pretrained",
-            f"{out}/pretrain.pt",
-            "--out",
-            f"{out}-control",
-        ]
-        print(f"To see what the selection did: {result['command']} {shlex.join(control)}")
-    print("\nTable 2      sensitivity (%): right of kept   specificity (%): wrong of rejected")
+        theta, folder = shlex.quote(f"{out}/pretrain.pt"), shlex.quote(f"{out}-control")
+        control = f"--select none --pretrained {theta} --out {folder}"
+        print(f"To see what the selection did: {result['command']} {control}")
+    print("\nTable 2      sensitivity (%): right / kept     specificity (%): wrong / rejected")
     for row in result["table2"]:
         kept, kept_correct = row["kept"], row["kept_correct"]
         rejected, rejected_wrong = row["rejected"], row["rejected_wrong"]
@@ -736,6 +737,7 @@ def main(argv=None):
             rows = checkpoint["rows"]
             report = checkpoint["report"]
             pseudo, confidence = checkpoint["pseudo"], checkpoint["confidence"]
+            print(f"resumes after {rows[-1]['phase']} epoch {rows[-1]['epoch']}")
         except (KeyError, RuntimeError, TypeError, ValueError):
             sys.exit(
                 f"error: {out}/checkpoint.pt does not fit: it is from another version of this "
@@ -769,9 +771,11 @@ def main(argv=None):
                 keep = torch.zeros_like(keep)
             # Lines 9 and 10: kept images join the labeled set, and stay in the unlabeled one too
             labels[unlabeled] = torch.where(keep, pseudo, -1)
-            if WORLD_SIZE > 1:  # batch-norm statistics differ between processes: process 0's count
+            if (
+                WORLD_SIZE > 1
+            ):  # batch-norm statistics differ, so selections may: all use process 0's
                 dist.broadcast(labels, 0)
-            # Line 11: training goes on from theta~. training_step takes the new optimizer from here
+            # Line 11: training goes on from theta~; training_step uses the new optimizer from here
             model.load_state_dict(average.state_dict())
             optimizer = make_optimizer(model, args)
 
@@ -782,7 +786,7 @@ def main(argv=None):
             confidence = logits.softmax(dim=1).amax(dim=1)
             report = {
                 "pretrain_accuracy": evaluate(average, x_test, y_test),
-                "selection": {
+                "selection": {  # images without a true label count in the first two and the last
                     "unlabeled": len(unlabeled),
                     "added": int(keep.sum()),
                     **without_nan(selection_stats(keep, pseudo, y[unlabeled])),
@@ -801,9 +805,9 @@ def main(argv=None):
             started = time.perf_counter()
             model.train()
             # All draws of an epoch follow from (seed, phase, epoch): resumed on the same device, a
-            # run repeats them. A separate generator, seeded alike in every process, draws the
-            # batches, unlabeled ones first: although their labeled sets differ in size, a run and
-            # its control see the same unlabeled images with the same augmentation.
+            # run repeats them. Batches come from a separate generator, seeded alike in every
+            # process. Unlabeled ones are drawn first, so they do not depend on the size of the
+            # labeled set: a run and its control see the same unlabeled images, augmented alike.
             epoch_seed = np.random.SeedSequence([args.seed, int(phase == "finetune"), epoch])
             augmentation_seed, batch_seed = epoch_seed.generate_state(2)
             torch.manual_seed(int(augmentation_seed) + RANK)
@@ -833,9 +837,7 @@ def main(argv=None):
             means = {name: float(total) / steps for name, total in totals.items()}
             ms_per_step = 1000 * (time.perf_counter() - steps_started) / steps
             if not math.isfinite(means["loss"]):
-                sys.exit(
-                    f"error: {phase} {epoch}: loss not finite; try lower --lr in another --out"
-                )
+                sys.exit(f"error: {phase} {epoch}: loss not finite; lower --lr, in a new --out")
 
             accuracy = evaluate(average, x_test, y_test)
             seconds = time.perf_counter() - started
