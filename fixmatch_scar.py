@@ -697,7 +697,7 @@ def print_tables(result, out):
         theta, folder = shlex.quote(f"{out}/pretrain.pt"), shlex.quote(f"{out}-control")
         control = f"--select none --pretrained {theta} --out {folder}"
         print(f"To see what the selection did: {result['command']} {control}")
-    print("\nTable 2      sensitivity (%): right / kept     specificity (%): wrong / rejected")
+    print("\nTable 2      sensitivity (%): right / kept    specificity (%): wrong / rejected")
     for row in result["table2"]:
         kept, kept_correct = row["kept"], row["kept_correct"]
         rejected, rejected_wrong = row["rejected"], row["rejected_wrong"]
