@@ -10,11 +10,11 @@ for as many epochs again. The second command is the control: the same with nothi
         --pretrained runs/fixmatch__cifar10__fgsm-eps1__seed0/pretrain.pt
 
 PAPER, in the comments: Yang, Kim and Kim, "Improving Performance of Semi-Supervised Learning by
-Adversarial Attacks", which reports 94.13 % for FixMatch and 95.17 % with SCAR.
-FixMatch: Sohn et al. 2020, arXiv:2001.07685, and google-research/fixmatch.
-Measured on CIFAR-10 as JPEG files, 9 + 9 epochs, seed 0, bf16, torch 2.11, one
-H100 (8.9 ms a step): 79.82 % after FixMatch, 81.86 % with SCAR, 82.96 % in the control. After
-such short pretraining SCAR did worse than the control (one seed).
+Adversarial Attacks", which reports 94.13 % for FixMatch and 95.17 % with SCAR. FixMatch: Sohn et
+al. 2020, arXiv:2001.07685, and google-research/fixmatch.
+Measured on CIFAR-10 as JPEG files, 9 + 9 epochs, seed 0, bf16, torch 2.11, one H100 (8.9 ms a
+step): 79.82 % after FixMatch, 81.86 % with SCAR, 82.96 % in the control. After such short
+pretraining SCAR did worse than the control (one seed).
 """
 
 import argparse
@@ -63,12 +63,8 @@ def parse_args(argv=None):
     option("--data", default="cifar10", choices=data_sets, help="which images to train on")
     option("--data-dir", default="data", help="folder of the images, or to download them to")
     option("--image-size", type=int, default=32, help="images of another size are resized to this")
-    option(
-        "--num-labeled", type=int, help="labels; if omitted: 4000, or all if there is unlabeled/"
-    )
-    option(
-        "--val", type=int, default=0, help="score on this many training images, not the test set"
-    )
+    option("--num-labeled", type=int, help="labels; omitted: 4000, or all if there is unlabeled/")
+    option("--val", type=int, default=0, help="score on N training images instead of the test set")
     option("--seed", type=int, default=0, help="seed of the split, the weights and all draws")
     option("--depth", type=int, default=28, help="depth of the WideResNet, 6n + 4")
     option("--width", type=int, default=2, help="width of the WideResNet")

@@ -10,10 +10,10 @@ for as many epochs again. The second command is the control: the same with nothi
         --pretrained runs/mixmatch__cifar10__fgsm-eps1__seed0/pretrain.pt
 
 PAPER, in the comments: Yang, Kim and Kim, "Improving Performance of Semi-Supervised Learning by
-Adversarial Attacks", which reports 89.99 % for MixMatch and 92.99 % with SCAR.
-MixMatch: Berthelot et al. 2019, arXiv:1905.02249, and google-research/mixmatch.
-Measured on CIFAR-10 as JPEG files, 9 + 9 epochs, seed 0, bf16, torch 2.11, one
-H100 (4.1 ms a step): 78.56 % after MixMatch, 80.74 % with SCAR, 79.74 % in the control.
+Adversarial Attacks", which reports 89.99 % for MixMatch and 92.99 % with SCAR. MixMatch: Berthelot
+et al. 2019, arXiv:1905.02249, and google-research/mixmatch.
+Measured on CIFAR-10 as JPEG files, 9 + 9 epochs, seed 0, bf16, torch 2.11, one H100 (4.1 ms a
+step): 78.56 % after MixMatch, 80.74 % with SCAR, 79.74 % in the control.
 """
 
 import argparse
@@ -63,12 +63,8 @@ def parse_args(argv=None):
     option("--data", default="cifar10", choices=data_sets, help="which images to train on")
     option("--data-dir", default="data", help="folder of the images, or to download them to")
     option("--image-size", type=int, default=32, help="images of another size are resized to this")
-    option(
-        "--num-labeled", type=int, help="labels; if omitted: 4000, or all if there is unlabeled/"
-    )
-    option(
-        "--val", type=int, default=0, help="score on this many training images, not the test set"
-    )
+    option("--num-labeled", type=int, help="labels; omitted: 4000, or all if there is unlabeled/")
+    option("--val", type=int, default=0, help="score on N training images instead of the test set")
     option("--seed", type=int, default=0, help="seed of the split, the weights and all draws")
     option("--depth", type=int, default=28, help="depth of the WideResNet, 6n + 4")
     option("--width", type=int, default=2, help="width of the WideResNet")

@@ -1,21 +1,20 @@
 r"""VAT -> SCAR (Selecting Clean samples with Adversarial Robustness), in one file.
 
-Pretrains a WideResNet with VAT on 4,000 labels. Then SCAR: the pretrained model (theta~, the
-moving average of the weights) labels every unlabeled image, and FGSM attacks it. The images whose
-label withstands the attack join the labeled set under that label, and VAT goes on from theta~
-for as many epochs again. The second command is the control: the same with nothing added.
+Pretrains a WideResNet with VAT on 4,000 labels. Then SCAR: the pretrained model (theta~, the moving
+average of the weights) labels every unlabeled image, and FGSM attacks it. The images whose label
+withstands the attack join the labeled set under that label, and VAT goes on from theta~ for as many
+epochs again. The second command is the control: the same with nothing added.
 
     python vat_scar.py --eps 6 --epochs 200
     python vat_scar.py --eps 6 --epochs 200 --select none \
         --pretrained runs/vat__cifar10__fgsm-eps6__seed0/pretrain.pt
 
 PAPER, in the comments: Yang, Kim and Kim, "Improving Performance of Semi-Supervised Learning by
-Adversarial Attacks", which reports 85.25 % for VAT and 86.79 % with SCAR.
-VAT: Miyato et al. 2017, arXiv:1704.03976, with the settings of vat.py in
-google-research/mixmatch.
-Measured on CIFAR-10 as JPEG files, 9 + 9 epochs, seed 0, bf16, torch 2.11, one
-H100 (5.3 ms a step): 76.68 % after VAT, 75.20 % with SCAR, 78.42 % in the control. After such
-short pretraining SCAR did worse than the control (one seed).
+Adversarial Attacks", which reports 85.25 % for VAT and 86.79 % with SCAR. VAT: Miyato et al. 2017,
+arXiv:1704.03976, with the settings of vat.py in google-research/mixmatch.
+Measured on CIFAR-10 as JPEG files, 9 + 9 epochs, seed 0, bf16, torch 2.11, one H100 (5.3 ms a
+step): 76.68 % after VAT, 75.20 % with SCAR, 78.42 % in the control. After such short pretraining
+SCAR did worse than the control (one seed).
 """
 
 import argparse
@@ -65,12 +64,8 @@ def parse_args(argv=None):
     option("--data", default="cifar10", choices=data_sets, help="which images to train on")
     option("--data-dir", default="data", help="folder of the images, or to download them to")
     option("--image-size", type=int, default=32, help="images of another size are resized to this")
-    option(
-        "--num-labeled", type=int, help="labels; if omitted: 4000, or all if there is unlabeled/"
-    )
-    option(
-        "--val", type=int, default=0, help="score on this many training images, not the test set"
-    )
+    option("--num-labeled", type=int, help="labels; omitted: 4000, or all if there is unlabeled/")
+    option("--val", type=int, default=0, help="score on N training images instead of the test set")
     option("--seed", type=int, default=0, help="seed of the split, the weights and all draws")
     option("--depth", type=int, default=28, help="depth of the WideResNet, 6n + 4")
     option("--width", type=int, default=2, help="width of the WideResNet")
