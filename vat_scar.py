@@ -372,7 +372,7 @@ def update_average(average, model, decay):
     torch._foreach_mul_(change, 1 - decay)
     torch._foreach_add_(old_floats, change)
     for name in old:
-        if name not in floats:
+        if not old[name].is_floating_point():
             old[name].copy_(new[name])
 
 
