@@ -833,9 +833,8 @@ def main(argv=None):
                 keep = torch.zeros_like(keep)
             # Lines 9 and 10: kept images join the labeled set, and stay in the unlabeled one too
             labels[unlabeled] = torch.where(keep, pseudo, -1)
-            if (
-                WORLD_SIZE > 1
-            ):  # batch-norm statistics differ, so selections may: all use process 0's
+            if WORLD_SIZE > 1:
+                # batch-norm statistics differ between processes, so selections may: use process 0's
                 dist.broadcast(labels, 0)
             # Line 11: training goes on from theta~; training_step uses the new optimizer from here
             model.load_state_dict(average.state_dict())
