@@ -138,9 +138,10 @@ def image_names(data, data_dir):
 def _read_benchmark(data, data_dir, test):
     """Returns (x, y, classes) of torchvision's data set, which is downloaded when it is missing."""
     kind, train_word, test_word, archive = BENCHMARKS[data]
+    word = test_word if test else train_word
     is_new = not Path(data_dir).exists()
     try:
-        dataset = kind(data_dir, test_word if test else train_word, download=True)
+        dataset = kind(data_dir, word, download=True)
     except ImportError as error:
         raise ValueError(f"--data {data}: {error}; install it, for instance with pip") from None
     except (OSError, RuntimeError) as error:
@@ -208,7 +209,9 @@ def _read_image(path, size):
             image = ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow has a dozen kinds for a damaged file
         raise ValueError(f"cannot read {path} ({error}): repair it or take it out") from None
-    return np.asarray(image if image.size == (size, size) else image.resize((size, size)))
+    if image.size != (size, size):
+        image = image.resize((size, size))
+    return np.asarray(image)
 
 
 def _draw_shapes(count):
@@ -294,7 +297,7 @@ def fgsm(model, x, y, eps):
     x: float32 [N, 3, H, W] in [0, 1]; y: int64 [N]; eps: on the scale of x. Returns x_adv like x.
     The model (not a compiled one) runs in eval mode and without autocast, and comes back as it was:
     the mode of every submodule, batch-norm statistics, gradients of the parameters. The caller
-    switches TF32 off (torch.backends.cudnn.allow_tf32), which would turn signs of small gradients.
+    switches TF32 off (torch.backends.cudnn.allow_tf32): it could flip signs of small gradients.
     Source: PAPER, equation 3 with one step of alpha = eps from x (Algorithm 1, line 6).
     """
     modes = {module: module.training for module in model.modules()}

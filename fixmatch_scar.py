@@ -429,8 +429,8 @@ def schedule(step, total_steps, phase, args):
 def update_average(average, model, decay):
     """average = decay * average + (1 - decay) * model, in place; integer buffers are copied.
 
-    decay: float or 0-dim tensor. Batch-norm statistics are averaged too. The foreach functions need
-    one kernel for all tensors.
+    decay: float or 0-dim tensor. Batch-norm statistics are averaged too. The foreach functions take
+    all tensors at once: on a GPU a few kernels in place of hundreds.
     """
     old, new = average.state_dict(), model.state_dict()
     floats = [name for name in old if old[name].is_floating_point()]

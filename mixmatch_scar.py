@@ -202,8 +202,8 @@ def forward_untracked(model, x):
 def draw_mix(count, alpha, device):
     """float [count]: max(l, 1 - l) with l from Beta(alpha, alpha), alpha from 0.01 up; 0 gives 1.
 
-    l is the share of one of two Gamma samples in their sum, in float64: at a small alpha both round
-    to 0 in float32.
+    l is the share of one of two Gamma samples in their sum. They are float64, because at a small
+    alpha both underflow in float32, and the share is exactly one half.
     """
     if alpha == 0:
         return torch.ones(count, device=device)
@@ -218,9 +218,9 @@ def mixmatch_loss(
     """Cross-entropy on mixed labeled images + lambda_u * squared error on mixed unlabeled ones.
 
     x_l: float [B, 3, H, W] in [0, 1], y_l: int64 [B]; x_u1, x_u2: float [B, 3, H, W], two weak
-    views of the same images; temperature above 0; alpha at least 0, 0 switches MixUp off; lambda_u:
-    float or 0-dim tensor. mix: float [3B] in [0.5, 1], the share of an image itself in its mixture;
-    perm: int64 [3B], the image that it is mixed with; both drawn when None.
+    views of the same images; temperature above 0; alpha: see draw_mix, 0 switches MixUp off;
+    lambda_u: float or 0-dim tensor. mix: float [3B] in [0.5, 1], the share of an image itself in
+    its mixture; perm: int64 [3B], the image that it is mixed with; both drawn when None.
     Returns (loss, metrics): a scalar, and detached scalars loss_labeled and loss_unlabeled (without
     lambda_u; the mean over images and classes).
     Source: MixMatch, algorithm 1 and equations 2 to 5; google-research/mixmatch, mixmatch.py.
@@ -233,8 +233,11 @@ def mixmatch_loss(
     # MixUp: every image, labeled or not, with a random one of the step
     x = torch.cat([x_l, x_u1, x_u2])
     target = torch.cat([F.one_hot(y_l, guess.shape[1]), guess, guess])
-    mix = draw_mix(len(x), alpha, x.device) if mix is None else mix.float()
-    perm = torch.rand(len(x), device=x.device).argsort() if perm is None else perm
+    if mix is None:
+        mix = draw_mix(len(x), alpha, x.device)
+    if perm is None:
+        perm = torch.rand(len(x), device=x.device).argsort()
+    mix = mix.float()
     x = mix[:, None, None, None] * x + (1 - mix[:, None, None, None]) * x[perm]
     target = mix[:, None] * target + (1 - mix[:, None]) * target[perm]
 
@@ -335,15 +338,16 @@ def make_optimizer(model, args):
 
 def schedule(step, total_steps, phase, args):
     """(lr, lambda_u) at a step: a constant lr; lambda_u rises over 16,384 steps of both phases."""
-    done = step + (total_steps if phase == "finetune" else 0)
-    return args.lr, min(1.0, done / 16384) * args.lambda_u
+    if phase == "finetune":
+        step = total_steps + step
+    return args.lr, min(1.0, step / 16384) * args.lambda_u
 
 
 def update_average(average, model, decay):
     """average = decay * average + (1 - decay) * model, in place; integer buffers are copied.
 
-    decay: float or 0-dim tensor. Batch-norm statistics are averaged too. The foreach functions need
-    one kernel for all tensors.
+    decay: float or 0-dim tensor. Batch-norm statistics are averaged too. The foreach functions take
+    all tensors at once: on a GPU a few kernels in place of hundreds.
     """
     old, new = average.state_dict(), model.state_dict()
     floats = [name for name in old if old[name].is_floating_point()]

@@ -218,7 +218,9 @@ def vat_direction(model, x, prob, xi, power_iterations, d0=None):
         # nothing of the small differences is rounded away
         return F.cross_entropy(logits.double(), prob.double(), reduction="sum")
 
-    d = F.normalize(torch.randn_like(x) if d0 is None else d0, dim=(1, 2, 3))
+    if d0 is None:
+        d0 = torch.randn_like(x)
+    d = F.normalize(d0, dim=(1, 2, 3))
     for _ in range(power_iterations):
         with torch.no_grad():  # no second derivative is needed
             gradient = grad(divergence)(xi * d)
@@ -362,8 +364,8 @@ def schedule(step, total_steps, phase, args):
 def update_average(average, model, decay):
     """average = decay * average + (1 - decay) * model, in place; integer buffers are copied.
 
-    decay: float or 0-dim tensor. Batch-norm statistics are averaged too. The foreach functions need
-    one kernel for all tensors.
+    decay: float or 0-dim tensor. Batch-norm statistics are averaged too. The foreach functions take
+    all tensors at once: on a GPU a few kernels in place of hundreds.
     """
     old, new = average.state_dict(), model.state_dict()
     floats = [name for name in old if old[name].is_floating_point()]
