@@ -501,7 +501,9 @@ def begin_folder(out, settings):
         out.mkdir(parents=True, exist_ok=True)
         if not (out / "args.json").exists():
             save(json.dumps(settings, indent=1), out / "args.json")
-            save(Path(__file__).read_text(encoding="utf-8"), out / Path(__file__).name)
+        script = Path(__file__)
+        if not (out / script.name).exists():
+            save(script.read_text(encoding="utf-8"), out / script.name)
     except OSError as error:
         sys.exit(f"error: cannot write to {out} ({error}); choose another --out")
 
