@@ -1,27 +1,35 @@
-"""The tests: no network, no GPU; those for CUDA skip themselves where there is none."""
+"""The tests: no network, no GPU; those for CUDA skip themselves where there is none.
+
+Three kinds: functions against a plain computation of the same thing; `main` at tiny size, with a
+note of what it calls its functions with (`watched`); commands as a user gives them.
+"""
 
 import copy
 import csv
 import importlib.util
 import inspect
+import io
+import itertools
 import json
 import math
 import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 
@@ -29,17 +37,19 @@ import common
 import fixmatch_scar
 import mixmatch_scar
 import vat_scar
-from common import WideResNet, fgsm, load_images, split_labeled
+from common import SHAPES, WideResNet, fgsm, load_images, split_labeled
 from fixmatch_scar import RANDAUGMENT_OPS, fixmatch_loss, randaugment_op, strong_augment, to_float
 from mixmatch_scar import mixmatch_loss
 from vat_scar import vat_direction, vat_loss
 
 SCRIPTS = [vat_scar, mixmatch_scar, fixmatch_scar]
+NAMES = [script.METHOD for script in SCRIPTS]
 HERE = Path(__file__).parent
 OWN = {"parse_args", "make_optimizer", "schedule", "batch_loss"}
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-each_script = pytest.mark.parametrize("script", SCRIPTS)
+each_script = pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
 close = torch.testing.assert_close
+same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def test_what_the_scripts_share_is_the_same_text():
@@ -60,12 +70,16 @@ def images():
     return load_images("synthetic", None)
 
 
-# ----------------------------------------------------------------------- network, data, split, FGSM
+# -------------------------------------------------------------------------------------- the network
 
 
-def test_size_and_initial_weights():
+def test_wide_resnet_28_2_has_its_number_of_parameters():
+    assert sum(p.numel() for p in WideResNet(10, 28, 2).parameters()) == 1_467_610
+
+
+def test_initial_weights():
+    """Convolutions N(0, 2 / (k * k * out)), the linear layer Xavier-normal, its bias 0."""
     model = WideResNet(10, 28, 2)
-    assert sum(p.numel() for p in model.parameters()) == 1_467_610
     for layer, variance in ((model.blocks[-1].conv2, 2 / (9 * 128)), (model.linear, 2 / 138)):
         assert layer.weight.std().item() == pytest.approx(math.sqrt(variance), rel=0.1)
     assert not model.linear.bias.any()
@@ -105,39 +119,137 @@ def test_wiring(training):
     close(model.train(training)(images), logits)
 
 
-def test_synthetic_images_and_split(images):
-    for x, y, count in ((*images[:2], 600), (*images[2:], 100)):
-        assert x.shape == (10 * count, 3, 32, 32) and x.dtype == torch.uint8
-        assert y.dtype == torch.int64 and torch.bincount(y).tolist() == [count] * 10
-    assert torch.equal(load_images("synthetic", "nowhere")[0], images[0])
-    y = images[1]
-    labeled, unlabeled = split_labeled(y, 43, 0)
-    assert sorted(torch.cat([labeled, unlabeled]).tolist()) == list(range(6000))
-    assert sorted(torch.bincount(y[labeled]).tolist()) == [4] * 7 + [5] * 3
-    assert torch.equal(labeled, split_labeled(y, 43, 0)[0])
-    assert not torch.equal(labeled, split_labeled(y, 43, 1)[0])
-    for count, sentence in ((2, "too few"), (12, "class 2 has 2 images"), (22, "no unlabeled")):
-        with pytest.raises(ValueError, match=sentence):
-            split_labeled(torch.tensor([0] * 10 + [1] * 10 + [2] * 2), count, 0)
+@pytest.mark.parametrize("depth, width", [(4, 1), (12, 1), (10, 0)])
+def test_wide_resnet_refuses_other_depths_and_widths(depth, width):
+    with pytest.raises(ValueError, match=f"depth must be 6n.*: {depth}, {width}"):
+        WideResNet(10, depth, width)
 
 
-def test_fgsm_is_its_formula_and_leaves_the_model_as_it_was():
+# ------------------------------------------------------------------------------------ images, split
+
+
+@pytest.mark.parametrize("part, count", [(0, 600), (2, 100)], ids=["train", "test"])
+def test_synthetic_images_are_balanced(images, part, count):
+    x, y = images[part : part + 2]
+    assert x.shape == (10 * count, 3, 32, 32) and x.dtype == torch.uint8
+    assert y.dtype == torch.int64 and torch.bincount(y).tolist() == [count] * 10
+
+
+def test_synthetic_images_are_the_same_every_time(images):
+    for tensor, again in zip(images, load_images("synthetic", "nowhere")):
+        same(again, tensor)
+
+
+@pytest.mark.parametrize(
+    "row, column, dark",
+    [
+        (15, 15, {"ring", "frame", "two bars", "four dots"}),  # the middle
+        (8, 15, {"bar", "four dots"}),  # above it
+        (22, 15, {"bar", "half disk", "four dots"}),  # below it
+        (8, 8, {"triangle", "plus", "bar"}),  # above it on the left
+    ],
+)
+def test_synthetic_shapes_fit_their_names(images, row, column, dark):
+    """Bright shapes before a darker ground; some leave it free here."""
+    brightness = [images[0][images[1] == label].float().mean((0, 1)) for label in range(10)]
+    ground = sum(mean[[0, 0, -1, -1], [0, -1, 0, -1]].mean() for mean in brightness) / 10
+    classes, _, _ = common.image_names("synthetic", None)
+    here = {
+        name: (mean[row : row + 2, column : column + 2].mean() - ground).item()
+        for name, mean in zip(classes, brightness)
+    }
+    assert {name for name in classes if here[name] < 0.3 * here["disk"]} == dark
+
+
+@pytest.mark.parametrize("size", [20, 48])
+def test_images_of_another_size_are_resized_as_pillow_does(images, size):
+    resized, *_ = load_images("synthetic", None, size)
+    for image, ours in zip(images[0][:20], resized):
+        pillows = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size))
+        difference = ours.permute(1, 2, 0).numpy() - np.asarray(pillows, int)
+        assert np.abs(difference).max() <= 2
+
+
+def test_split_takes_every_image_once(images):
+    labeled, unlabeled = split_labeled(images[1], 43, 0)
+    assert labeled.dtype == unlabeled.dtype == torch.int64
+    assert labeled.tolist() == sorted(labeled.tolist())
+    assert unlabeled.tolist() == sorted(set(range(6000)) - set(labeled.tolist()))
+
+
+def test_split_gives_classes_as_equal_numbers_as_it_can(images):
+    """43 labels for ten classes: 4 each, and one more for three that are drawn."""
+    counts = []
+    for seed in range(5):
+        labeled, _ = split_labeled(images[1], 43, seed)
+        counts.append(torch.bincount(images[1][labeled], minlength=10).tolist())
+        assert sorted(counts[-1]) == [4] * 7 + [5] * 3
+    assert len(set(map(str, counts))) > 1
+
+
+def test_split_follows_from_the_seed(images):
+    splits = [split_labeled(images[1], 40, seed)[0].tolist() for seed in (0, 0, 1)]
+    assert splits[0] == splits[1]
+    assert len(set(splits[0]) & set(splits[2])) < 10
+
+
+def test_split_leaves_images_without_a_label_unlabeled():
+    """All 12 labels may be taken then, however uneven the classes are."""
+    y = torch.tensor([0] * 7 + [1] * 5 + [-1] * 4)
+    labeled, unlabeled = split_labeled(y, 12, 0)
+    assert labeled.tolist() == list(range(12)) and unlabeled.tolist() == [12, 13, 14, 15]
+
+
+@pytest.mark.parametrize(
+    "count, sentence",
+    [
+        (2, "--num-labeled 2 is too few: there are 3 classes"),
+        (12, "class red has 2 images, not 4: lower --num-labeled 12"),
+        (22, "--num-labeled 22 leaves no unlabeled image: 21 at most"),
+    ],
+)
+def test_split_refuses(count, sentence):
+    y = torch.tensor([0] * 10 + [1] * 10 + [2] * 2)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        split_labeled(y, count, 0, ["blue", "green", "red"])
+
+
+# --------------------------------------------------------------------------------------- the attack
+
+
+@pytest.fixture
+def attacked():
+    """What fgsm gets and gives, and the model as it was; one block of it is frozen in eval mode."""
     torch.manual_seed(0)
     model = WideResNet(10, 10, 1).train()
-    model.blocks[1].eval()  # a frozen block
-    before, frozen, expected = copy.deepcopy(model), copy.deepcopy(model).eval(), []
+    model.blocks[1].eval()
+    before = copy.deepcopy(model)
     x, y = torch.rand(6, 3, 32, 32), torch.arange(6)
-    for image, label in zip(x.split(1), y.split(1)):
-        image = image.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(F.cross_entropy(frozen(image), label), image)
-        expected.append((image + 0.02 * gradient.sign()).clamp(0, 1).detach())
     with torch.no_grad():
-        attacked = fgsm(model, x, y, 0.02)
+        result = fgsm(model, x, y, 0.02)
+    return SimpleNamespace(model=model, before=before, x=x, y=y, result=result)
+
+
+def test_fgsm_is_its_formula(attacked):
+    """x + eps * sign(gradient of cross-entropy), clipped to [0, 1], image by image."""
+    model, expected = attacked.before.eval(), []
+    for image, label in zip(attacked.x.split(1), attacked.y.split(1)):
+        image = image.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(image), label), image)
+        expected.append((image + 0.02 * gradient.sign()).clamp(0, 1).detach())
     # a gradient component can be so near zero that its sign is a matter of rounding
-    assert (attacked != torch.cat(expected)).float().mean() < 1e-3
-    assert not attacked.requires_grad and all(p.grad is None for p in model.parameters())
-    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
-    close(model.state_dict(), before.state_dict(), rtol=0, atol=0)
+    assert (attacked.result != torch.cat(expected)).float().mean() < 1e-3
+
+
+def test_fgsm_leaves_no_gradient(attacked):
+    assert not attacked.result.requires_grad and not attacked.x.requires_grad
+    assert all(p.grad is None for p in attacked.model.parameters())
+
+
+def test_fgsm_leaves_modes_and_statistics_as_they_were(attacked):
+    modes = [[m.training for m in model.modules()] for model in (attacked.model, attacked.before)]
+    assert modes[0] == modes[1]
+    same(attacked.model.state_dict(), attacked.before.state_dict())
 
 
 def test_fgsm_is_exact_for_a_confident_model_under_autocast():
@@ -201,10 +313,13 @@ def one_batch(images, request):
     return x, op, level, randaugment_op(x, op, level)
 
 
+def test_randaugment_has_table_12s_operations_and_ranges():
+    assert RANDAUGMENT_OPS == tuple((name, low, high) for name, low, high, _ in PILLOW)
+
+
 @pytest.mark.parametrize("index", range(14), ids=[name for name, *_ in PILLOW])
 def test_randaugment_is_pillows(one_batch, index):
     name, low, high, operation = PILLOW[index]
-    assert RANDAUGMENT_OPS[index] == (name, low, high) and len(RANDAUGMENT_OPS) == 14
     x, _, level, ours = (part[index::14] for part in one_batch)
     difference = []
     for image, value, our in zip(x, (low + (high - low) * level.double()).tolist(), ours):
@@ -243,26 +358,85 @@ def test_weak_augment_flips_and_moves(h, w):
     assert 0.45 < np.mean(np.array(seen) < len(crops)) < 0.55
 
 
-@pytest.mark.parametrize("h, w", [(32, 32), (48, 40)])
-def test_strong_augment(h, w, monkeypatch):
-    """A weak view, two operations drawn for each image, then a square cut out."""
-    x = (torch.arange(3 * h * w) % 100).byte().view(3, h, w).expand(500, 3, h, w)  # below 127
-    assert len({view.numpy().tobytes() for view in strong_augment(x)}) > 450
-    drawn, views = [], []
-    monkeypatch.setattr(fixmatch_scar, "randaugment_op", lambda x, *draws: drawn.append(draws) or x)
-    for augment in (fixmatch_scar.weak_augment, strong_augment):
-        torch.manual_seed(0)
-        views.append(augment(x))
-    hit = (views[1] == 127).all(1)
-    assert torch.equal(views[1], views[0].masked_fill(hit[:, None], 127))
-    rows, columns = hit.any(2).sum(1), hit.any(1).sum(1)
-    assert torch.equal(hit.sum((1, 2)), rows * columns)  # a rectangle, where the border cuts it
-    assert set(rows.tolist()) == set(range(h // 4, h // 2 + 1))
-    assert set(columns.tolist()) == set(range(w // 4, w // 2 + 1))
-    assert len(drawn) == 2 and not torch.equal(drawn[0][0], drawn[1][0])
-    for op, level in drawn:
+@pytest.fixture(params=[(32, 32), (50, 38)], ids=str)
+def strong(request, monkeypatch):
+    """strong_augment of one image 500 times, each operation replaced by adding 1."""
+    h, w = request.param
+    x = (torch.arange(3 * h * w) % 100).byte().view(3, h, w).expand(500, 3, h, w)  # below 125
+    torch.manual_seed(0)
+    weak = fixmatch_scar.weak_augment(x)
+    drawn = []
+    monkeypatch.setattr(
+        fixmatch_scar, "randaugment_op", lambda x, *draw: drawn.append(draw) or x + 1
+    )
+    torch.manual_seed(0)
+    result = strong_augment(x)
+    return SimpleNamespace(h=h, w=w, x=x, weak=weak, drawn=drawn, result=result)
+
+
+def test_strong_augment_is_a_weak_view_two_operations_and_a_grey_square(strong):
+    square = (strong.result == 127).all(1)
+    same(strong.result, (strong.weak + 2).masked_fill(square[:, None], 127))
+
+
+def test_strong_augments_square_is_half_the_side_cut_at_the_border(strong):
+    square = (strong.result == 127).all(1)
+    rows, columns = square.any(2).sum(1), square.any(1).sum(1)
+    same(square.sum((1, 2)), rows * columns)  # a rectangle
+    for lengths, side in ((rows, strong.h), (columns, strong.w)):
+        assert set(lengths.tolist()) == set(range(side // 4, 2 * (side // 4) + 1))
+
+
+def test_strong_augments_square_may_be_centred_on_every_pixel(strong):
+    """A centre in the first row leaves the upper half off, one in the last nearly the lower."""
+    square = (strong.result == 127).all(1)
+    for hit, side in ((square.any(2), strong.h), (square.any(1), strong.w)):
+        begin = hit.int().argmax(1)
+        end = side - hit.flip(1).int().argmax(1)
+        spans = set(zip(begin.tolist(), end.tolist()))
+        half = side // 4
+        assert spans == {(max(0, c - half), min(side, c + half)) for c in range(side)}
+
+
+def test_strong_augment_draws_two_operations_for_each_image(strong):
+    (first, _), (second, _) = strong.drawn
+    assert (first == second).float().mean() < 0.2
+    for op in (first, second):
         assert torch.bincount(op, minlength=14).min() > 10 and op.max() == 13
+
+
+def test_strong_augment_draws_levels_for_each_image(strong):
+    (_, first), (_, second) = strong.drawn
+    assert (first == second).float().mean() < 0.2
+    for level in (first, second):
         assert 0 <= level.min() < 0.05 and 0.95 < level.max() <= 1
+        assert level.mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_strong_views_of_one_image_differ():
+    x = (torch.arange(3 * 32 * 32) % 100).byte().view(3, 32, 32).expand(500, 3, 32, 32)
+    assert len({view.numpy().tobytes() for view in strong_augment(x)}) > 450
+
+
+@pytest.mark.parametrize("x", [torch.rand(2, 3, 32, 32), torch.zeros(2, 1, 32, 32).byte()])
+def test_augmentation_takes_uint8_colour_images_alone(x):
+    index = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="uint8 images"):
+        vat_scar.weak_augment(x)
+    with pytest.raises(ValueError, match="uint8 images"):
+        randaugment_op(x, index, index / 2)
+
+
+def test_to_float_scales_bytes_to_0_1_channels_last():
+    x = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 5)
+    result = to_float(x)
+    close(result, torch.tensor([0, 0.2, 1]).view(1, 3, 1, 1).expand(2, 3, 4, 5))
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_to_float_leaves_floats_as_they_are():
+    x = torch.rand(2, 3, 4, 5)
+    assert to_float(x) is x
 
 
 # --------------------------------------------------------------------------------- the three losses
@@ -292,9 +466,12 @@ def check_loss(model, result, expected, parts):
     loss, metrics = result
     gradients = [torch.autograd.grad(value, model.parameters()) for value in (loss, expected)]
     close(*gradients, rtol=1e-3, atol=1e-5)
-    for ours, plain in zip((loss, *metrics.values()), (expected, *parts)):
-        assert ours.item() == pytest.approx(torch.as_tensor(plain).item(), rel=1e-3)
-    assert not any(metric.requires_grad for metric in metrics.values())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+    assert metrics.keys() == parts.keys()
+    for name, part in parts.items():
+        part = torch.as_tensor(part).item()
+        assert metrics[name].item() == pytest.approx(part, rel=1e-3), name
+        assert not metrics[name].requires_grad
 
 
 def test_mixmatch_loss_sample_by_sample():
@@ -313,10 +490,55 @@ def test_mixmatch_loss_sample_by_sample():
             labeled -= (mixed_target * prob.log()).sum() / 4
         else:
             unlabeled += ((mixed_target - prob) ** 2).mean() / 8
+    result = mixmatch_loss(model, x_l, Y, x_u, x_v, 0.4, 0.75, 0.6, mix=mix, perm=perm)
+    parts = {"loss_labeled": labeled, "loss_unlabeled": unlabeled}
+    check_loss(model, result, labeled + 0.6 * unlabeled, parts)
+
+
+@pytest.fixture
+def mixed(monkeypatch):
+    """What mixmatch_loss without `mix` and `perm` makes of images that tell their number.
+
+    draw_mix gives 0.75 for every image; the model notes what it gets.
+    """
+    seen, draws = [], []
+
+    def model(x):
+        seen.append(x[:, 0, 0, 0])
+        return torch.zeros(len(x), 10)
+
+    def draw_mix(count, alpha, device):
+        draws.append((count, alpha, device))
+        return torch.full((count,), 0.75)
+
+    monkeypatch.setattr(mixmatch_scar, "draw_mix", draw_mix)
+    monkeypatch.setattr(
+        mixmatch_scar, "forward_untracked", lambda model, x: torch.zeros(len(x), 10)
+    )
+    x = torch.arange(300.0).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    y = torch.zeros(100, dtype=torch.int64)
+    torch.manual_seed(0)
+    mixmatch_loss(model, x[:100], y, x[100:200], x[200:], 0.5, 0.7, 1.0)
+    partner = ((seen[0] - 0.75 * torch.arange(300)) / 0.25).round().long()
+    return SimpleNamespace(draws=draws, partner=partner)
+
+
+def test_mixup_draws_a_share_for_each_image_of_all_views(mixed):
+    assert mixed.draws == [(300, 0.7, torch.device("cpu"))]
+
+
+def test_mixup_mixes_each_image_with_one_of_all_views(mixed):
+    """A permutation: labeled images meet unlabeled ones, in either view."""
+    assert sorted(mixed.partner.tolist()) == list(range(300))
+    groups = mixed.partner[:100] // 100
+    assert torch.bincount(groups, minlength=3).min() > 15
+
+
+def test_mixmatch_with_alpha_0_mixes_nothing():
+    model = plain_net(8)
+    x_l, x_u, x_v = torch.rand(3, 4, 3, 32, 32, dtype=torch.double)
     loss = partial(mixmatch_loss, model, x_l, Y, x_u, x_v, 0.4)
-    expected = labeled + 0.6 * unlabeled
-    check_loss(model, loss(0.75, 0.6, mix=mix, perm=perm), expected, [labeled, unlabeled])
-    close(loss(0.0, 0.6), loss(0.75, 0.6, mix=torch.ones(12), perm=perm))  # alpha 0: no MixUp
+    close(loss(0.0, 0.6), loss(0.75, 0.6, mix=torch.ones(12), perm=torch.randperm(12)))
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.03, 0.1, 0.75, 4.0, 100.0])
@@ -325,7 +547,8 @@ def test_draw_mix(alpha):
     torch.manual_seed(0)
     mix = mixmatch_scar.draw_mix(200_000, alpha, torch.device("cpu")).numpy()
     share = np.random.default_rng(0).beta(alpha, alpha, 200_000)
-    assert mix.shape == (200_000,) and 0.5 <= mix.min() and mix.max() <= 1
+    assert mix.shape == (200_000,) and mix.dtype == np.float32
+    assert 0.5 <= mix.min() and mix.max() <= 1
     assert (mix == 0.5).sum() <= 5
     for at_most in (0.51, 0.55, 0.6, 0.75, 0.9, 0.99, 0.9999):
         expected = (np.maximum(share, 1 - share) <= at_most).mean()
@@ -340,12 +563,12 @@ def test_vat_loss_sample_by_sample():
         labeled -= prob_of(model, x)[y].log() / 4
         prob = prob_of(model, image)
         entropy -= (prob * prob.log()).sum() / 4
-        r = (0.01 * start / start.norm()).requires_grad_()
+        r = (0.5 * start / start.norm()).requires_grad_()
         (gradient,) = torch.autograd.grad(kl_to(model, prob.detach(), image + r), r)
         divergence += kl_to(model, prob.detach(), image + 2 * gradient / gradient.norm()) / 4
-    result = vat_loss(model, x_l, Y, x_u, 0.01, 2.0, 1, 0.6, 0.2, d0=100 * (d0 - 0.5))
-    expected = labeled + 0.6 * divergence + 0.2 * entropy
-    check_loss(model, result, expected, [labeled, divergence, entropy])
+    result = vat_loss(model, x_l, Y, x_u, 0.5, 2.0, 1, 0.6, 0.2, d0=100 * (d0 - 0.5))
+    parts = {"loss_labeled": labeled, "loss_unlabeled": divergence, "entropy": entropy}
+    check_loss(model, result, labeled + 0.6 * divergence + 0.2 * entropy, parts)
 
 
 def test_vat_direction_is_power_iteration_on_the_hessian():
@@ -364,6 +587,25 @@ def test_vat_direction_is_power_iteration_on_the_hessian():
         assert abs(top @ often[i].flatten()).item() > 0.999
 
 
+def test_vat_direction_starts_at_random_for_each_image():
+    """With no iteration it is the start: unit vectors, another one for each image and call."""
+    x = torch.rand(20, 3, 8, 8)
+    torch.manual_seed(0)
+    first, second = (vat_direction(None, x, None, 1.0, 0).flatten(1) for _ in range(2))
+    both = torch.cat([first, second])
+    close(both @ both.T, torch.eye(40), rtol=0, atol=0.4)
+    close(both.norm(dim=1), torch.ones(40))
+
+
+def test_vat_direction_stands_where_the_gradient_vanishes():
+    """As for a model that gives every image the same logits."""
+    x, d0 = torch.rand(2, 4, 3, 8, 8)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    nn.init.zeros_(model[1].weight)
+    direction = vat_direction(model, x, model(x).softmax(1).detach(), 1.0, 1, d0)
+    close(direction, F.normalize(d0, dim=(1, 2, 3)))
+
+
 def test_fixmatch_loss_sample_by_sample():
     """The threshold is the confidence of one of the images, which counts."""
     model = plain_net(25)  # confident on some images, not on others
@@ -376,41 +618,143 @@ def test_fixmatch_loss_sample_by_sample():
         if prob.max() > threshold - 1e-6:
             unlabeled -= prob_of(model, strong)[prob.argmax()].log() / 12
     result = fixmatch_loss(model, x_l, Y, x_weak, x_strong, threshold, 0.7)
-    check_loss(model, result, labeled + 0.7 * unlabeled, [labeled, unlabeled, 7 / 12])
+    parts = {"loss_labeled": labeled, "loss_unlabeled": unlabeled, "mask_rate": 7 / 12}
+    check_loss(model, result, labeled + 0.7 * unlabeled, parts)
+
+
+class Noting(nn.Module):
+    """Batch norm and a linear layer; notes each forward's images, mode and need of a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.bn = nn.BatchNorm2d(3)
+        self.linear = nn.Linear(48, 10)
+        self.forwards = []
+
+    def forward(self, x):
+        self.forwards.append((x.detach().clone(), self.training, torch.is_grad_enabled()))
+        return self.linear(self.bn(x).flatten(1))
+
+
+@pytest.fixture
+def batches():
+    """Three batches of images, each brighter than the one before."""
+    torch.manual_seed(1)
+    return torch.rand(4, 3, 4, 4), 2 * torch.rand(4, 3, 4, 4), 3 * torch.rand(4, 3, 4, 4)
+
+
+def statistics_after(*forwards):
+    """A batch norm's statistics after it has seen these images, forward by forward."""
+    bn = nn.BatchNorm2d(3)
+    for x in forwards:
+        bn(x)
+    return bn.state_dict()
+
+
+def test_fixmatch_forwards_labeled_with_strong_views_then_weak_ones(batches):
+    model = Noting()
+    x_l, x_weak, x_strong = batches
+    fixmatch_loss(model, x_l, Y, x_weak, x_strong, 0.5, 1.0)
+    jointly = torch.cat([x_l, x_strong])
+    same(model.forwards, [(jointly, True, True), (x_weak, True, False)])
+
+
+def test_fixmatch_moves_the_statistics_with_both_forwards(batches):
+    model = Noting()
+    x_l, x_weak, x_strong = batches
+    fixmatch_loss(model, x_l, Y, x_weak, x_strong, 0.5, 1.0)
+    close(model.bn.state_dict(), statistics_after(torch.cat([x_l, x_strong]), x_weak))
+
+
+def test_mixmatch_guesses_both_views_jointly_then_forwards_all(batches):
+    model = Noting()
+    mixmatch_loss(model, batches[0], Y, batches[1], batches[2], 0.5, 0.0, 1.0)
+    views = torch.cat(batches[1:])
+    same(model.forwards, [(views, True, False), (torch.cat(batches), True, True)])
+
+
+def test_mixmatch_moves_the_statistics_with_the_mixed_images_alone(batches):
+    model = Noting()
+    mixmatch_loss(model, batches[0], Y, batches[1], batches[2], 0.5, 0.0, 1.0)
+    close(model.bn.state_dict(), statistics_after(torch.cat(batches)))
+
+
+def test_vat_forwards_labeled_clean_and_perturbed_images_each_alone(batches):
+    model = Noting()
+    x_l, x_u, d0 = batches
+    vat_loss(model, x_l, Y, x_u, 1.0, 3.0, 0, 1.0, 0.0, d0=d0)
+    perturbed = x_u + 3 * F.normalize(d0, dim=(1, 2, 3))
+    same(model.forwards, [(x_l, True, True), (x_u, True, True), (perturbed, True, True)])
+
+
+def test_vat_moves_the_statistics_with_the_labeled_images_alone(batches):
+    model = Noting()
+    x_l, x_u, _ = batches
+    vat_loss(model, x_l, Y, x_u, 1.0, 3.0, 1, 1.0, 0.0)
+    close(model.bn.state_dict(), statistics_after(x_l))
+
+
+LOSS_OPTIONS = {  # of each method, none at its default; and what the loss gets
+    "vat": (
+        "--xi 0.9 --vat-eps 2.5 --power-iterations 2 --entropy-weight 0.1",
+        {"xi": 0.9, "vat_eps": 2.5, "power_iterations": 2, "entropy_weight": 0.1},
+    ),
+    "mixmatch": ("--temperature 0.6 --alpha 0.8", {"temperature": 0.6, "alpha": 0.8}),
+    "fixmatch": ("--mu 2 --threshold 0.2", {"threshold": 0.2}),
+}
 
 
 @each_script
-def test_batch_loss_hands_each_view_to_its_place(script, monkeypatch):
+def test_batch_loss_hands_the_loss_its_views_and_options(script, monkeypatch):
     """weak_augment adds 1 and strong_augment 2, so that a view tells where it comes from."""
-    seen, y = [], torch.arange(4)
+    loss = getattr(script, f"{script.METHOD}_loss")
+    calls = []
+
+    def noting(*inputs, **named):
+        calls.append(inspect.signature(loss).bind(*inputs, **named).arguments)
+        return "a loss", "metrics"
+
     monkeypatch.setattr(script, "weak_augment", lambda x: x + 1)
     monkeypatch.setattr(script, "strong_augment", lambda x: x + 2, raising=False)
-    monkeypatch.setattr(
-        script,
-        f"{script.METHOD}_loss",
-        lambda model, *inputs, **options: seen.extend([*inputs, *options.values()]),
-    )
+    monkeypatch.setattr(script, f"{script.METHOD}_loss", noting)
+    options, expected = LOSS_OPTIONS[script.METHOD]
+    views = {
+        "vat": {"x_u": 101},
+        "mixmatch": {"x_u1": 101, "x_u2": 101},
+        "fixmatch": {"x_weak": 101, "x_strong": 102},
+    }
     x_l, x_u = (torch.full((4, 3, 8, 8), value, dtype=torch.uint8) for value in (10, 100))
-    script.batch_loss(None, x_l, y, x_u, 0.123, script.parse_args(["--precision", "fp32"]))
-    views = [round(255 * float(x.mean())) for x in seen if torch.is_tensor(x) and x.ndim == 4]
-    expected = {"vat": [11, 101], "mixmatch": [11, 101, 101], "fixmatch": [11, 101, 102]}
-    assert views == expected[script.METHOD] and seen[1] is y
-    assert 0.123 in [value for value in seen if isinstance(value, float)]
+    args = script.parse_args(["--lambda-u", "0.7", "--precision", "fp32", *options.split()])
+    result = script.batch_loss("a model", x_l, "labels", x_u, 0.123, args)
+    for name, value in {"x_l": 11, **views[script.METHOD]}.items():
+        expected = {**expected, name: torch.full((4, 3, 8, 8), value / 255)}
+    expected = {**expected, "model": "a model", "y_l": "labels", "lambda_u": 0.123}
+    assert result == ("a loss", "metrics") and len(calls) == 1
+    assert calls[0].keys() == expected.keys()
+    for name, value in expected.items():
+        if torch.is_tensor(value):
+            close(calls[0][name], value)
+        else:
+            assert calls[0][name] == value, name
 
 
-def test_schedules():
-    args = vat_scar.parse_args([])
-    weights = [vat_scar.schedule(i, 10, "pretrain", args)[1] for i in (0, 2, 4, 9)]
-    assert weights == pytest.approx([0, 0.15, 0.3, 0.3])
-    assert vat_scar.schedule(0, 10, "finetune", args) == (0.002, 0.3)
-    args = mixmatch_scar.parse_args(["--lambda-u", "75"])
-    for i, total, phase, done in ((50, 100, "pretrain", 50), (50, 100, "finetune", 150)):
-        expected = pytest.approx((0.002, 75 * done / 16384))
-        assert mixmatch_scar.schedule(i, total, phase, args) == expected
-    assert mixmatch_scar.schedule(0, 20000, "finetune", args) == (0.002, 75)
-    args = fixmatch_scar.parse_args([])
-    rates = [fixmatch_scar.schedule(i, 16, "finetune", args)[0] for i in (0, 8)]
-    assert rates == pytest.approx([0.03, 0.03 * math.cos(7 * math.pi / 32)])
+@each_script
+def test_batch_loss_draws_each_view_anew(script, images, monkeypatch):
+    """The views of unlabeled images differ, and so do those of two calls."""
+    loss = getattr(script, f"{script.METHOD}_loss")
+    views = []
+
+    def noting(*inputs, **named):
+        arguments = inspect.signature(loss).bind(*inputs, **named).arguments
+        views.extend(value for name, value in arguments.items() if name.startswith("x_"))
+
+    monkeypatch.setattr(script, f"{script.METHOD}_loss", noting)
+    x, y = images[0][:16], images[1][:16]
+    for _ in range(2):
+        script.batch_loss(None, x, y, x, 1.0, script.parse_args(["--precision", "fp32"]))
+    assert len(views) == (4 if script is vat_scar else 6)
+    assert len({view.numpy().tobytes() for view in views}) == len(views)
 
 
 @each_script
@@ -455,57 +799,720 @@ class Brightness(nn.Module):
         return torch.stack([-mean, mean], dim=1)
 
 
-def test_select_clean_on_a_known_model():
-    """510 images, so that they go through it in two chunks; uint8 and float ones."""
+@pytest.fixture
+def grey_images():
+    """510 uint8 images, more than go through the model at once: 85 times six levels of grey."""
     values = torch.tensor([0, 120, 126, 127, 129, 255], dtype=torch.uint8)
-    x, model = values.repeat(85).view(-1, 1, 1, 1).expand(-1, 3, 4, 4), Brightness().train()
-    for images in (x, x / 255):
-        keep, pseudo = vat_scar.select_clean(model, images, 3 / 255)
-        assert pseudo.tolist() == 85 * [0, 0, 0, 0, 1, 1]
-        assert keep.tolist() == 85 * [True, True, False, False, False, True]
-    assert vat_scar.select_clean(model, x, 0.0)[0].all()
+    return values.repeat(85).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+
+
+@pytest.mark.parametrize("scale", [None, 255], ids=["uint8", "float"])
+def test_select_clean_keeps_what_withstands_the_attack(grey_images, scale):
+    """Black is attacked to 3, which stays dark; 126 to 129, which does not."""
+    x = grey_images if scale is None else grey_images / scale
+    keep, pseudo = vat_scar.select_clean(Brightness().train(), x, 3 / 255)
+    assert pseudo.tolist() == 85 * [0, 0, 0, 0, 1, 1]
+    assert keep.tolist() == 85 * [True, True, False, False, False, True]
+
+
+def test_select_clean_with_eps_0_keeps_all(grey_images):
+    assert vat_scar.select_clean(Brightness(), grey_images, 0.0)[0].all()
+
+
+def test_select_clean_leaves_the_model_in_eval_mode_and_its_statistics_alone(grey_images):
+    model = Brightness().train()
+    vat_scar.select_clean(model, grey_images, 3 / 255)
     assert not model.training and model.bn.num_batches_tracked == 0
 
 
 def test_select_confident_takes_the_surest():
+    """Between the second and third: in float32 both have a confidence of 1."""
     logits = torch.tensor([[9.0, 0.0, 0.0], [60.0, 1.0, 0.0], [80.0, 0.0, 0.0], [0.0, 0.1, 0.0]])
-    keep = vat_scar.select_confident(logits, 2)  # in float32 both have a confidence of 1
-    assert keep.tolist() == [False, True, True, False]
+    assert vat_scar.select_confident(logits, 2).tolist() == [False, True, True, False]
 
 
-def test_equations_5_and_6():
-    """Table 2's VAT at eps 1: 7587 of 8227, 835 of 1773; images without a label do not count."""
+@pytest.fixture
+def vats_table_2():
+    """Table 2's VAT at eps 1: 7587 of 8227 right, 835 of 1773 wrong; 20 more without a label."""
     keep = torch.arange(10020) < 8227
     y = torch.zeros(10020, dtype=torch.int64)
     y[-20:] = -1
     pseudo = torch.zeros_like(y)
     pseudo[7587:8227] = 1
     pseudo[8227 : 8227 + 835] = 1
-    stats = vat_scar.selection_stats(keep, pseudo, y)
-    assert [*stats.values()][:4] == [8227, 7587, 1773, 835]
+    return keep, pseudo, y
+
+
+def test_selection_stats_counts_images_with_a_label(vats_table_2):
+    stats = vat_scar.selection_stats(*vats_table_2)
+    assert stats["kept"] == 8227 and stats["kept_correct"] == 7587
+    assert stats["rejected"] == 1773 and stats["rejected_wrong"] == 835
+
+
+def test_selection_stats_does_not_count_kept_images_without_a_label(vats_table_2):
+    keep, pseudo, y = vats_table_2
+    stats = vat_scar.selection_stats(~keep, pseudo, y)
+    assert stats["kept"] == 1773 and stats["rejected"] == 8227
+
+
+def test_sensitivity_and_specificity_are_equations_5_and_6(vats_table_2):
+    stats = vat_scar.selection_stats(*vats_table_2)
     assert round(stats["sensitivity"], 2) == 92.22 and round(stats["specificity"], 2) == 47.10
+
+
+def test_sensitivity_of_nothing_is_nan(vats_table_2):
+    keep, pseudo, y = vats_table_2
     assert math.isnan(vat_scar.selection_stats(keep & False, pseudo, y)["sensitivity"])
+    assert math.isnan(vat_scar.selection_stats(keep | True, pseudo, y)["specificity"])
+
+
+# -------------------------------------------------------------- optimizer, schedule, moving average
+
+
+def settings(script, **values):
+    """What parse_args gives, with these values."""
+    return SimpleNamespace(**{**vars(script.parse_args(["--device", "cpu"])), **values})
+
+
+@pytest.mark.parametrize("phase", ["pretrain", "finetune"])
+def test_fixmatchs_lr_is_a_cosine_over_the_phase(phase):
+    args = settings(fixmatch_scar, lr=0.5, lambda_u=0.7)
+    for step in (0, 8, 16):
+        expected = 0.5 * math.cos(7 * math.pi * step / (16 * 16)), 0.7
+        assert fixmatch_scar.schedule(step, 16, phase, args) == pytest.approx(expected)
+
+
+def test_vats_lambda_u_rises_over_two_fifths_of_pretraining():
+    args = settings(vat_scar, lr=0.5, lambda_u=0.7)
+    rates = [vat_scar.schedule(step, 10, "pretrain", args) for step in (0, 2, 4, 9)]
+    assert rates == [(0.5, 0), (0.5, pytest.approx(0.35)), (0.5, 0.7), (0.5, 0.7)]
+
+
+def test_vats_lambda_u_stands_in_fine_tuning():
+    args = settings(vat_scar, lr=0.5, lambda_u=0.7)
+    assert vat_scar.schedule(0, 10, "finetune", args) == (0.5, 0.7)
+
+
+def test_mixmatchs_lambda_u_rises_over_16384_steps():
+    args = settings(mixmatch_scar, lr=0.5, lambda_u=75)
+    for step, ramp in ((0, 0), (4096, 0.25), (16384, 1), (30000, 1)):
+        assert mixmatch_scar.schedule(step, 40000, "pretrain", args) == (0.5, 75 * ramp)
+
+
+def test_mixmatchs_lambda_u_goes_on_rising_in_fine_tuning():
+    args = settings(mixmatch_scar, lr=0.5, lambda_u=75)
+    assert mixmatch_scar.schedule(4096, 8192, "finetune", args) == (0.5, 75 * 0.75)
+
+
+def optimized(script, **values):
+    """A weight matrix and a bias, both of ones, after one step with a gradient of zero."""
+    model = nn.Linear(2, 3)
+    for p in model.parameters():
+        nn.init.ones_(p)
+        p.grad = torch.zeros_like(p)
+    script.make_optimizer(model, settings(script, **values)).step()
+    return model
+
+
+@each_script
+def test_weight_decay_acts_on_weights(script):
+    model = optimized(script, lr=0.1, weight_decay=0.5)
+    decay = 1.9 * 0.05 if script is fixmatch_scar else 0.05  # Nesterov's momentum has it twice
+    close(model.weight, torch.full((3, 2), 1 - decay))
+
+
+@each_script
+def test_weight_decay_leaves_biases_alone(script):
+    same(optimized(script, lr=0.1, weight_decay=0.5).bias, torch.ones(3))
+
+
+@pytest.fixture
+def two_batch_norms():
+    """An average and a model: batch norms whose weights, statistics and counters differ."""
+    average, model = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    for i, tensor in enumerate(average.state_dict().values()):
+        tensor.fill_(i)
+    for i, tensor in enumerate(model.state_dict().values()):
+        tensor.fill_(10 * i + 10)
+    return average, model
+
+
+def test_update_average_averages_weights_and_statistics(two_batch_norms):
+    average, model = two_batch_norms
+    vat_scar.update_average(average, model, torch.tensor(0.8))
+    for i, name in enumerate(["weight", "bias", "running_mean", "running_var"]):
+        close(average.state_dict()[name], torch.full((2,), 0.8 * i + 0.2 * (10 * i + 10)))
+
+
+def test_update_average_copies_counters(two_batch_norms):
+    average, model = two_batch_norms
+    vat_scar.update_average(average, model, 0.8)
+    assert average.num_batches_tracked == 50
+
+
+def test_update_average_leaves_the_model_alone(two_batch_norms):
+    average, model = two_batch_norms
+    before = copy.deepcopy(model.state_dict())
+    vat_scar.update_average(average, model, 0.8)
+    same(model.state_dict(), before)
+
+
+# -------------------------------------------------------------------------------------- the helpers
+
+
+def test_predict_is_the_models_logits_in_eval_mode(images):
+    """510 images, more than go through the model at once; uint8 or float."""
+    model = WideResNet(10, 10, 1).train()
+    x = images[0][:510, :, ::2, ::2]
+    with torch.no_grad():
+        expected = copy.deepcopy(model).eval()(x.float() / 255)
+    for images_of_a_kind in (x, x / 255):
+        close(vat_scar.predict(model.train(), images_of_a_kind), expected, rtol=1e-4, atol=1e-4)
+    assert not model.training
+
+
+def test_predict_needs_no_gradient(images):
+    assert not vat_scar.predict(WideResNet(10, 10, 1), images[0][:2]).requires_grad
+
+
+def test_evaluate_is_accuracy_in_percent(grey_images):
+    """Four of six levels are dark, and all are labeled bright but 120."""
+    y = torch.tensor([1, 0, 1, 1, 1, 1]).repeat(85)
+    assert vat_scar.evaluate(Brightness(), grey_images, y) == 50
+
+
+def draw(seed=0, count=14):
+    """Batches of 5 from 7 images."""
+    generator = torch.Generator().manual_seed(seed)
+    return vat_scar.draw_batches(torch.arange(10, 17), count, 5, generator)
+
+
+def test_draw_batches_takes_each_image_once_a_pass():
+    passes = draw().view(10, 7).sort(dim=1).values
+    same(passes, torch.arange(10, 17).expand(10, 7))
+
+
+def test_draw_batches_shuffles_each_pass_anew():
+    assert len({tuple(one_pass) for one_pass in draw().view(10, 7).tolist()}) == 10
+
+
+def test_draw_batches_draws_from_its_generator():
+    same(draw(seed=1), draw(seed=1))
+    assert not torch.equal(draw(seed=1), draw(seed=2))
+
+
+def test_draw_batches_leaves_an_unfinished_pass_out():
+    assert draw(count=3).shape == (3, 5)
+
+
+@pytest.fixture
+def fake_cuda_graph(monkeypatch):
+    """CUDA graphs on a CPU: while one records, a function must note how to compute its outputs."""
+    notes = []
+
+    class Graph:
+        def replay(self):
+            for compute in notes:
+                compute()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "a stream")
+    recording = []
+
+    class Recording:
+        def __init__(self, graph, stream):
+            assert isinstance(graph, Graph) and stream == "a stream"
+
+        def __enter__(self):
+            recording.append(True)
+
+        def __exit__(self, *error):
+            recording.pop()
+
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    calls = []
+
+    def function(a, b):
+        calls.append("recorded" if recording else "called")
+        if not recording:
+            return {"sum": 10 * a + b}
+        result = torch.full((), math.nan)
+        notes.append(lambda: result.copy_(10 * a + b))
+        return {"sum": result}
+
+    return SimpleNamespace(function=function, calls=calls)
+
+
+def test_capture_calls_three_times_then_records_once(fake_cuda_graph):
+    captured = vat_scar.capture(fake_cuda_graph.function)
+    for _ in range(6):
+        captured(torch.tensor(1.0), torch.tensor(2.0))
+    assert fake_cuda_graph.calls == 3 * ["called"] + ["recorded"]
+
+
+def test_capture_gives_each_calls_own_result(fake_cuda_graph):
+    captured = vat_scar.capture(fake_cuda_graph.function)
+    for i in range(6):
+        assert captured(torch.tensor(float(i)), torch.tensor(0.5))["sum"] == 10 * i + 0.5
+
+
+def test_capture_leaves_its_inputs_alone(fake_cuda_graph):
+    captured = vat_scar.capture(fake_cuda_graph.function)
+    inputs = [torch.tensor(float(i)) for i in range(7)]
+    for a, b in itertools.pairwise(inputs):
+        captured(a, b)
+    assert inputs == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.fixture
+def old_and_new():
+    """Contents that save takes, two of each kind, and how they are read."""
+    red, blue = (Image.new("RGB", (2, 2), colour) for colour in ("red", "blue"))
+    return {
+        "text.csv": ("ä", "ö", lambda path: path.read_text(encoding="utf-8")),
+        "picture.png": (red, blue, lambda path: Image.open(path).convert("RGB")),
+        "tensors.pt": ({"w": torch.tensor(1)}, {"w": torch.tensor(2)}, vat_scar.load),
+    }
+
+
+@pytest.mark.parametrize("name", ["text.csv", "picture.png", "tensors.pt"])
+def test_save_replaces_a_file(name, old_and_new, tmp_path):
+    old, new, read = old_and_new[name]
+    vat_scar.save(old, tmp_path / name)
+    assert read(tmp_path / name) == old
+    vat_scar.save(new, tmp_path / name)
+    assert read(tmp_path / name) == new
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["text.csv", "picture.png", "tensors.pt"])
+def test_save_leaves_the_old_file_until_the_new_one_is_whole(
+    name, old_and_new, tmp_path, monkeypatch
+):
+    old, new, read = old_and_new[name]
+    vat_scar.save(old, tmp_path / name)
+
+    def killed(source, target):
+        assert read(target) == old and read(source) == new
+        raise InterruptedError
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(InterruptedError):
+        vat_scar.save(new, tmp_path / name)
+    assert read(tmp_path / name) == old
+
+
+def test_two_runs_write_files_of_their_own(tmp_path, monkeypatch):
+    """Until they are renamed: the process's number is in the name."""
+    written = []
+    monkeypatch.setattr(os, "replace", lambda source, target: written.append(source))
+    for pid in (123, 456):
+        monkeypatch.setattr(os, "getpid", lambda: pid)
+        vat_scar.save("text", tmp_path / "metrics.csv")
+    assert len(set(written)) == 2
+
+
+def test_only_process_0_saves(tmp_path, monkeypatch):
+    monkeypatch.setattr(vat_scar, "RANK", 1)
+    vat_scar.save("text", tmp_path / "metrics.csv")
+    assert not any(tmp_path.iterdir())
+
+
+def test_average_over_processes_is_the_mean_of_each_tensor(monkeypatch):
+    """Of what this process has and, in the other's stead, what the exchange adds."""
+    ours, theirs = [torch.ones(2, 3), torch.zeros(4), torch.tensor(1.0)], torch.arange(11.0)
+    monkeypatch.setattr(vat_scar, "WORLD_SIZE", 2)
+    monkeypatch.setattr(vat_scar.dist, "all_reduce", lambda flat: flat.add_(theirs))
+    vat_scar.average_over_processes(ours)
+    close(ours, [(1 + theirs[:6].view(2, 3)) / 2, theirs[6:10] / 2, torch.tensor(5.5)])
+
+
+def test_one_process_exchanges_nothing(monkeypatch):
+    monkeypatch.setattr(vat_scar.dist, "all_reduce", pytest.fail)
+    vat_scar.average_over_processes([torch.ones(2)])
+
+
+# --------------------------------------------------------------------------------- files and tables
+
+
+@pytest.mark.parametrize(
+    "options, title",
+    [
+        ("--data cifar10", "CIFAR-10"),
+        ("--data svhn", "svhn"),
+        ("--data folder --data-dir some/cifar10-jpeg", "CIFAR-10 (JPEG)"),
+        ("--data folder --data-dir some/cats", "cats"),
+    ],
+)
+def test_data_title(options, title):
+    assert vat_scar.data_title(vat_scar.parse_args(options.split())) == title
+
+
+def test_machine_info_of_a_cpu(monkeypatch):
+    monkeypatch.setattr(vat_scar, "WORLD_SIZE", 4)
+    info = vat_scar.machine_info(settings(vat_scar, device="cpu"))
+    assert "CPU" in info["device"] and info["peak_memory_gib"] is None and info["ranks"] == 4
+    assert info["versions"]["torch"] == torch.__version__
+    assert info["versions"]["torchvision"] == torchvision.__version__
+    assert info["versions"]["numpy"] == np.__version__
+    assert info["versions"]["pillow"] == Image.__version__
+    assert sys.version.startswith(info["versions"]["python"])
+
+
+def test_machine_info_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**29)
+    info = vat_scar.machine_info(settings(vat_scar, device="cuda"))
+    assert info["device"] == "a GPU" and info["peak_memory_gib"] == 1.5
+
+
+def test_csv_text():
+    rows = [{"file": "a, b", "kept": 1}, {"file": "c", "kept": 0}]
+    assert vat_scar.csv_text(rows) == 'file,kept\n"a, b",1\nc,0\n'
+
+
+def test_without_nan_replaces_nan_alone():
+    assert vat_scar.without_nan({"a": math.nan, "b": 0.0, "c": 2}) == {"a": None, "b": 0, "c": 2}
+
+
+def test_table2_rows_are_selections_at_each_eps_in_order(grey_images):
+    """85 times 0, 120, 126, 127, 129, 255; all are labeled dark, so two of six are wrong."""
+    y = torch.zeros(510, dtype=torch.int64)
+    rows = vat_scar.table2_rows(Brightness(), grey_images, y, {10.0, 3.0})
+    assert [row["eps"] for row in rows] == [3, 10]
+    counts = [{name: row[name] / 85 for name in row if name.startswith(("k", "r"))} for row in rows]
+    assert counts == [
+        {"kept": 3, "kept_correct": 2, "rejected": 3, "rejected_wrong": 1},
+        {"kept": 2, "kept_correct": 1, "rejected": 4, "rejected_wrong": 1},
+    ]
+    assert [row["sensitivity"] for row in rows] == pytest.approx([200 / 3, 50])
+
+
+def test_selection_rows_say_for_each_image_what_was_done():
+    rows = vat_scar.selection_rows(
+        names=["a.png", "b.png"],
+        classes=["cat", "dog"],
+        kept=torch.tensor([True, False]),
+        label=torch.tensor([1, 0]),
+        confidence=torch.tensor([0.75, 0.5]),
+        final_logits=torch.tensor([[math.log(3.0), 0.0], [0.0, math.log(4.0)]]),
+    )
+    columns = ["file", "label", "confidence", "kept", "final_label", "final_confidence"]
+    assert rows == [
+        dict(zip(columns, ["a.png", "dog", "0.750000", 1, "cat", "0.750000"])),
+        dict(zip(columns, ["b.png", "cat", "0.500000", 0, "dog", "0.800000"])),
+    ]
+
+
+@pytest.fixture
+def picture():
+    """selection_picture of 60 random images, whose corner tells their number, of cats and dogs.
+
+    Even ones were kept; all are labeled cat but the last third, which has no true label.
+    """
+    n = torch.arange(60)
+    x = torch.randint(0, 256, (60, 3, 8, 8), generator=torch.Generator().manual_seed(1)).byte()
+    x[:, :, 0, 0] = n[:, None].byte()
+    keep = n % 2 == 0
+    pseudo = n // 2 % 2
+    y = torch.where(n < 40, 0, -1)
+    pixels = np.asarray(vat_scar.selection_picture(x, keep, pseudo, y, ["cat", "dog"]))
+    left = pixels.shape[1] - 17 * 14  # where the columns begin: 8 kept, a gap, 8 rejected
+    cells = []
+    for row, column in itertools.product(range(2), range(17)):
+        corner = 16 + 14 * row, left + 14 * column
+        cell = pixels[corner[0] : corner[0] + 12, corner[1] : corner[1] + 12]
+        if column != 8:
+            number = int(cell[2, 2, 0])
+            cells.append(SimpleNamespace(row=row, column=column, number=number, pixels=cell))
+    return SimpleNamespace(cells=cells, x=x, y=y, keep=keep, pseudo=pseudo)
+
+
+def test_picture_has_kept_images_on_the_left(picture):
+    for cell in picture.cells:
+        assert (cell.column < 8) == picture.keep[cell.number], cell.number
+
+
+def test_picture_has_a_row_for_each_pseudo_label(picture):
+    for cell in picture.cells:
+        assert cell.row == picture.pseudo[cell.number], cell.number
+
+
+def test_picture_shows_each_image_once(picture):
+    assert len({cell.number for cell in picture.cells}) == 32
+    for cell in picture.cells:
+        image = picture.x[cell.number].permute(1, 2, 0).numpy()
+        assert (cell.pixels[2:10, 2:10] == image).all(), cell.number
+
+
+def test_pictures_frame_tells_right_from_wrong(picture):
+    colours = {"right": (0, 128, 0), "wrong": (255, 0, 0), "unknown": (128, 128, 128)}
+    seen = set()
+    for cell in picture.cells:
+        kind = "right" if picture.pseudo[cell.number] == picture.y[cell.number] else "wrong"
+        if picture.y[cell.number] < 0:
+            kind = "unknown"
+        seen.add(kind)
+        for edge in (cell.pixels[:2], cell.pixels[10:], cell.pixels[:, 0], cell.pixels[:, 11]):
+            assert (edge == colours[kind]).all(), (cell.number, kind)
+    assert len(seen) == 3
+
+
+def test_picture_draws_images_at_random(picture):
+    numbers = [cell.number for cell in picture.cells if cell.row == 0 and cell.column < 8]
+    assert numbers != sorted(numbers) and max(numbers) > 40
+
+
+RESULT = {
+    "scored_on": "test",
+    "data": "CIFAR-10",
+    "select": "fgsm",
+    "pretrain_accuracy": 85.25,
+    "final_accuracy": 86.79,
+    "command": "python vat_scar.py --seed 3",
+    "table2": [
+        {"eps": 1.0, "kept": 8, "kept_correct": 6, "rejected": 4, "rejected_wrong": 1},
+        {"eps": 2.5, "kept": 0, "kept_correct": 0, "rejected": 12, "rejected_wrong": 3},
+    ],
+}
+
+
+def test_printed_table_1(capsys):
+    vat_scar.print_tables(RESULT, "runs/mine")
+    assert capsys.readouterr().out.splitlines()[1:4] == [
+        "Table 1: test accuracy (%) on CIFAR-10 (files in runs/mine)",
+        "VAT                                      85.25",
+        "VAT fine-tuned, --select fgsm            86.79",
+    ]
+
+
+def test_printed_table_2(capsys):
+    vat_scar.print_tables(RESULT, "runs/mine")
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "Table 2      sensitivity (%): right / kept    specificity (%): wrong / rejected",
+        "eps 1        75.00 (6/8)                      25.00 (1/4)",
+        "eps 2.5      nan (0/0)                        25.00 (3/12)",
+    ]
+
+
+def test_printed_command_for_the_control(capsys):
+    vat_scar.print_tables(RESULT, "my runs/a")
+    command = "python vat_scar.py --seed 3 --select none --pretrained 'my runs/a/pretrain.pt'"
+    assert f": {command} --out 'my runs/a-control'\n" in capsys.readouterr().out
+
+
+def test_a_control_prints_no_command_for_a_control(capsys):
+    vat_scar.print_tables({**RESULT, "select": "none"}, "runs/mine")
+    assert "--pretrained" not in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------- the command line
+
+DEFAULTS = {
+    "data": "cifar10",
+    "data_dir": "data",
+    "image_size": 32,
+    "num_labeled": None,
+    "val": 0,
+    "seed": 0,
+    "depth": 28,
+    "width": 2,
+    "epochs": 200,
+    "steps_per_epoch": 1024,
+    "batch_size": 64,
+    "ema_decay": 0.999,
+    "select": "fgsm",
+    "table2_eps": [1, 2, 3, 4, 6],
+    "pretrained": None,
+    "device": "cpu",
+    "precision": "fp32",
+    "compile": False,
+    "tensorboard": False,
+}
+OWN_DEFAULTS = {
+    "vat": {
+        "mu": 1,
+        "lr": 0.002,
+        "weight_decay": 0.02,
+        "lambda_u": 0.3,
+        "xi": 1,
+        "vat_eps": 3,
+        "power_iterations": 1,
+        "entropy_weight": 0,
+        "eps": 6,
+        "out": "runs/vat__cifar10__fgsm-eps6__seed0",
+    },
+    "mixmatch": {
+        "mu": 1,
+        "lr": 0.002,
+        "weight_decay": 0.02,
+        "lambda_u": 0.75,
+        "temperature": 0.5,
+        "alpha": 0.75,
+        "eps": 1,
+        "out": "runs/mixmatch__cifar10__fgsm-eps1__seed0",
+    },
+    "fixmatch": {
+        "mu": 7,
+        "lr": 0.03,
+        "weight_decay": 5e-4,
+        "lambda_u": 1,
+        "threshold": 0.95,
+        "eps": 1,
+        "out": "runs/fixmatch__cifar10__fgsm-eps1__seed0",
+    },
+}
+
+
+@each_script
+def test_defaults(script):
+    args = vars(script.parse_args(["--device", "cpu"]))
+    assert args == {**DEFAULTS, **OWN_DEFAULTS[script.METHOD]}
+
+
+@pytest.mark.parametrize(
+    "options, out",
+    [
+        ("--data svhn --eps 2.5 --seed 4", "runs/vat__svhn__fgsm-eps2.5__seed4"),
+        ("--select none --eps 3", "runs/vat__cifar10__none-eps3__seed0"),
+        ("--data folder --data-dir some/cats", "runs/vat__cats__fgsm-eps6__seed0"),
+        ("--out mine --seed 4", "mine"),
+    ],
+)
+def test_the_runs_folder(options, out):
+    assert vat_scar.parse_args(options.split()).out == out
+
+
+@pytest.fixture(params=["bf16", "no bf16"])
+def gpu(request, monkeypatch):
+    """A GPU, as far as parse_args looks at it; without bf16 it emulates that."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or request.param == "bf16",
+    )
+    return request.param
+
+
+@each_script
+def test_auto_means_cuda_compiled_and_bf16_where_the_gpu_has_it(script, gpu):
+    args = script.parse_args([])
+    assert args.device == "cuda" and args.compile
+    assert args.precision == ("bf16" if gpu == "bf16" else "fp32")
+
+
+@each_script
+def test_options_given_by_name_stand_on_a_gpu(script, gpu):
+    args = script.parse_args(["--no-compile", "--precision", "fp32", "--device", "cuda"])
+    assert (args.device, args.precision, args.compile) == ("cuda", "fp32", False)
+    args = script.parse_args(["--device", "cpu"])
+    assert (args.device, args.precision, args.compile) == ("cpu", "fp32", False)
+    assert script.parse_args(["--device", "cpu", "--precision", "bf16"]).precision == "bf16"
+
+
+REFUSED = [
+    ("--depth 27", "--depth must be 6n + 4 (10, 16, 22, 28, ...): 27"),
+    ("--depth 4", "--depth must be 6n + 4 (10, 16, 22, 28, ...): 4"),
+    ("--data imagenet", "invalid choice: 'imagenet'"),
+    ("--select all", "invalid choice: 'all'"),
+    ("--epoch 3", "unrecognized arguments: --epoch"),
+    ("--epochs 2.5", "--epochs: invalid int value: '2.5'"),
+    ("--width 0", "--width must be at least 1: 0"),
+    ("--epochs 0", "--epochs must be at least 1: 0"),
+    ("--steps-per-epoch 0", "--steps-per-epoch must be at least 1: 0"),
+    ("--batch-size 0", "--batch-size must be at least 1: 0"),
+    ("--eps 256", "--eps and --table2-eps must be from 0 to 255: 256"),
+    ("--table2-eps 1 -2", "--eps and --table2-eps must be from 0 to 255: -2"),
+    ("--table2-eps nan", "--eps and --table2-eps must be from 0 to 255: nan"),
+    ("--ema-decay 1.5", "--ema-decay must be from 0 to 1: 1.5"),
+    ("--image-size 8", "--image-size must be at least 16: 8"),
+    ("--lr inf", "--lr must be a finite number and not negative: inf"),
+    ("--eps nan", "--eps must be a finite number and not negative: nan"),
+    ("--lambda-u -1", "--lambda-u must be a finite number and not negative: -1"),
+    ("--weight-decay -1", "--weight-decay must be a finite number and not negative: -1"),
+    ("--seed -1", "--seed must be a finite number and not negative: -1"),
+    ("--val -1", "--val must be a finite number and not negative: -1"),
+    ("--num-labeled 9", "--num-labeled 9 is too few: there are 10 classes"),
+    ("--num-labeled 290 --val 10", "--num-labeled 10 leaves no unlabeled image: 9 at most"),
+    ("--pretrained=", "cannot read .: Is a directory"),
+    ("--pretrained nowhere/theta.pt", "cannot read nowhere/theta.pt: No such file or directory"),
+]
+OWN_REFUSED = [
+    (vat_scar, "--xi 0", "--xi must be above 0"),
+    (mixmatch_scar, "--temperature 0", "--temperature must be above 0"),
+    (mixmatch_scar, "--alpha 0.001", "--alpha must be 0 (no MixUp) or at least 0.01"),
+    (fixmatch_scar, "--threshold 2", "--threshold is a probability, at most 1: 2"),
+    (fixmatch_scar, "--mu 0", "--mu must be at least 1: 0"),
+]
+ALL_REFUSED = [(vat_scar, options, sentence) for options, sentence in REFUSED] + OWN_REFUSED
+
+
+@pytest.mark.parametrize(
+    "script, options, sentence", ALL_REFUSED, ids=[row[1] for row in ALL_REFUSED]
+)
+def test_refuses(script, options, sentence, few_images, tmp_path, capsys):
+    """In one sentence, before anything is written."""
+    argv = [*SMALL, "--out", tmp_path / "run", *options.split()]
+    assert sentence in refusal(capsys, script, *argv)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--eps 0", "--eps 255", "--ema-decay 0", "--ema-decay 1", "--image-size 16", "--lr 0"],
+)
+def test_takes_the_ends_of_a_range(options):
+    assert vat_scar.parse_args(options.split())
+
+
+@pytest.mark.parametrize("options", ["--alpha 0", "--alpha 0.01"])
+def test_mixmatch_takes_alpha_0_and_from_0_01(options):
+    assert mixmatch_scar.parse_args(options.split())
+
+
+def test_fixmatch_takes_a_threshold_of_1():
+    assert fixmatch_scar.parse_args(["--threshold", "1"]).threshold == 1
+
+
+def test_tensorboard_without_the_package_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vat_scar.importlib.util, "find_spec", lambda name: None)
+    assert "pip install tensorboard" in refusal(capsys, vat_scar, "--tensorboard")
+
+
+def test_cuda_without_a_gpu_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no NVIDIA GPU" in refusal(capsys, vat_scar, "--device", "cuda")
+
+
+def test_a_batch_that_the_processes_do_not_divide_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(vat_scar, "WORLD_SIZE", 3)
+    sentence = refusal(capsys, vat_scar, "--batch-size", 4)
+    assert sentence == "--batch-size 4 does not divide among 3 processes"
 
 
 # ------------------------------------------------------------------------------------ the whole run
 
 SMALL = (
-    "--data synthetic --num-labeled 100 --depth 10 --width 1 --batch-size 4 --epochs 2 "
-    "--steps-per-epoch 3 --table2-eps 1 --precision fp32 --no-compile"
-).split()
+    "--data synthetic --image-size 24 --num-labeled 100 --depth 10 --width 1 --batch-size 4 "
+    "--epochs 2 --steps-per-epoch 3 --table2-eps 1"
+).split() + ["--device", "cpu", "--precision", "fp32", "--no-compile"]
 
 
 @pytest.fixture(scope="session")
 def few(images):
-    """300 images to train with and 100 to test on."""
-    return images[0][:300], images[1][:300], images[2][:100], images[3][:100]
+    """300 images to train with and 100 to test on, of 24 x 24 pixels."""
+    x, y, x_test, y_test = images
+    x, x_test = x[:, :, 4:28, 4:28].contiguous(), x_test[:, :, 4:28, 4:28].contiguous()
+    return x[:300], y[:300], x_test[:100], y_test[:100]
 
 
 @pytest.fixture
 def few_images(few, monkeypatch):
-    """The few images as what every script loads."""
+    """The few images as what every script loads, whatever --data says."""
     for script in SCRIPTS:
         monkeypatch.setattr(script, "load_images", lambda *args: few)
+        monkeypatch.setattr(script, "image_names", lambda *args: (SHAPES, [], []))
     return few
 
 
@@ -527,7 +1534,7 @@ def refusal(capsys, script, *argv):
 
 
 def read_rows(path):
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -537,202 +1544,456 @@ def load_model(path, classes=10):
     return model
 
 
-def test_draw_batches_takes_each_image_once_a_pass():
-    pool = torch.arange(10, 17)
-    order = vat_scar.draw_batches(pool, 7, 5, torch.Generator().manual_seed(0)).flatten()
-    assert all(torch.equal(one_pass.sort().values, pool) for one_pass in order.split(7))
-
-
 def snapshot(value):
-    """A tensor or a model as it is now."""
+    """Tensors and models as they are now."""
     if isinstance(value, nn.Module):
         return copy.deepcopy(value)
+    if isinstance(value, list):
+        return [snapshot(part) for part in value]
     return value.clone() if torch.is_tensor(value) else value
 
 
-WATCHED = ["batch_loss", "update_average", "draw_batches", "evaluate", "select_clean"]
-OPTIONS = "--eps 8 --val 50 --lambda-u 0.6 --ema-decay 0.15".split()
+WATCHED = [
+    "load_images",
+    "image_names",
+    "split_labeled",
+    "select_clean",
+    "batch_loss",
+    "update_average",
+    "predict",
+    "evaluate",
+    "draw_batches",
+    "average_over_processes",
+    "selection_picture",
+]
 
 
-@pytest.fixture(scope="module", params=SCRIPTS, ids=[script.METHOD for script in SCRIPTS])
-def watched(request, few, tmp_path_factory):
-    """A run of main, and for each function watched what it was called with, call by call.
+def halve(tensors):
+    """An average over two processes of which the other has nothing but zeros."""
+    torch._foreach_mul_(tensors, 0.5)
 
-    Two phases of two epochs of three steps. Averages over processes are halved, as if a second
-    process had nothing but zeros.
+
+def watch(script, out, few, *options, average_over_processes=halve):
+    """Runs main on the few images; returns what it returned, printed and called.
+
+    calls[name] has for each call of a function in WATCHED the arguments by their names, as they
+    were then, the result, and the state of torch's generator when it was called. The clock shows
+    at its n-th reading n * n * n seconds.
     """
-    script, out = request.param, tmp_path_factory.mktemp("watched") / "run"
     calls = {name: [] for name in WATCHED}
 
-    def watch(name):
-        function = getattr(script, name)
+    def watching(name, function):
+        signature = inspect.signature(function)
 
-        def watching(*inputs):
-            call = SimpleNamespace(inputs=[snapshot(value) for value in inputs])
-            call.rng = torch.get_rng_state()
-            calls[name].append(call)
-            call.result = function(*inputs)
-            return call.result
+        def call(*inputs, **named):
+            arguments = signature.bind(*inputs, **named).arguments
+            noted = SimpleNamespace(**{key: snapshot(value) for key, value in arguments.items()})
+            noted.generator_state = torch.get_rng_state()
+            calls[name].append(noted)
+            noted.result = function(*inputs, **named)
+            return noted.result
 
-        return watching
+        return call
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "average_over_processes", lambda x: torch._foreach_mul_(x, 0.5))
-        patch.setattr(script, "load_images", lambda *args: few)
-        for name in WATCHED:
-            patch.setattr(script, name, watch(name))
-        result = run(script, out, *OPTIONS)
-    labeled, pool = split_labeled(few[1], 100, 0)
-    held_out, rest = split_labeled(few[1][pool], 50, 0)
-    args = script.parse_args([*SMALL, *OPTIONS])
-    return SimpleNamespace(
-        script=script, out=out, calls=calls, result=result, args=args, images=few[0], y=few[1],
-        labeled=labeled, unlabeled=pool[rest], held_out=pool[held_out],
-        theta=load_model(out / "pretrain.pt"), final=load_model(out / "model.pt"),
-    )  # fmt: skip
+    functions = {name: getattr(script, name) for name in WATCHED}
+    functions["load_images"] = lambda data, data_dir, size: few
+    functions["image_names"] = lambda data, data_dir: (SHAPES, [], ["a", "b", "c", "d", "e", "f"])
+    functions["average_over_processes"] = average_over_processes
+    readings = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(readings) ** 3))
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(script, "time", clock)
+        for name, function in functions.items():
+            patch.setattr(script, name, watching(name, function))
+        result = run(script, out, *options)
+    return SimpleNamespace(calls=calls, result=result, printed=printed.getvalue(), out=out)
 
 
-def expected_lambda_u(run, step, phase):
-    """At the run's steps, 6 a phase."""
+OPTIONS = (
+    "--data-dir pictures --seed 3 --val 50 --eps 8 --lr 0.004 --weight-decay 0.3 --lambda-u 0.6 "
+    "--ema-decay 0.15"
+).split()
+STEPS = [(phase, t) for phase in ("pretrain", "finetune") for t in range(6)]  # of a run
+
+
+@pytest.fixture(scope="module", params=SCRIPTS, ids=NAMES)
+def watched(request, few, tmp_path_factory):
+    """A watched run with each option at a value of its own: 2 phases of 2 epochs of 3 steps."""
+    script = request.param
+    options = [*OPTIONS, *LOSS_OPTIONS[script.METHOD][0].split()]
+    run = watch(script, tmp_path_factory.mktemp("watched") / "run", few, *options)
+    run.script = script
+    run.options = options
+    run.args = script.parse_args([*SMALL, *options, "--out", str(run.out)])
+    run.x, run.y = few[:2]
+    run.labeled, pool = split_labeled(run.y, 100, 3)
+    held_out, rest = split_labeled(run.y[pool], 50, 3)
+    run.unlabeled = pool[rest]
+    run.held_out = pool[held_out]
+    run.theta = load_model(run.out / "pretrain.pt")
+    run.final = load_model(run.out / "model.pt")
+    run.keep, run.pseudo = script.select_clean(run.theta, run.x[run.unlabeled], 8 / 255)
+    assert 5 < run.keep.sum() < 145
+    return run
+
+
+def test_images_are_those_of_the_options(watched):
+    (call,) = watched.calls["load_images"]
+    assert (call.data, call.data_dir, call.size) == ("synthetic", "pictures", 24)
+
+
+def test_names_are_those_of_the_options_images(watched):
+    (call,) = watched.calls["image_names"]
+    assert (call.data, call.data_dir) == ("synthetic", "pictures")
+
+
+def test_labels_are_chosen_by_number_and_seed(watched):
+    call = watched.calls["split_labeled"][0]
+    assert (call.num_labeled, call.seed, call.classes) == (100, 3, SHAPES)
+    same(call.y, watched.y)
+
+
+def test_validation_images_are_chosen_from_the_unlabeled_ones(watched):
+    call = watched.calls["split_labeled"][1]
+    assert (call.num_labeled, call.seed, call.classes) == (50, 3, SHAPES)
+    pool = torch.cat([watched.unlabeled, watched.held_out]).sort().values
+    same(call.y, watched.y[pool])
+
+
+def test_the_run_says_what_it_works_on(watched):
+    assert watched.printed.startswith(
+        "10 classes; 100 labeled, 150 unlabeled and 50 validation images\n"
+        "6 files left out: a, b, c, d, e\n"
+    )
+
+
+def test_initial_weights_follow_from_the_seed(watched):
+    torch.manual_seed(3)
+    expected = WideResNet(10, 10, 1)
+    same(watched.calls["batch_loss"][0].model.state_dict(), expected.state_dict())
+
+
+def test_the_network_has_its_channels_last(watched):
+    weight = watched.calls["batch_loss"][0].model.blocks[2].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_average_starts_as_the_model(watched):
+    model = watched.calls["batch_loss"][0].model
+    average = watched.calls["update_average"][0].average
+    same(average.state_dict(), model.state_dict())
+
+
+def test_the_average_needs_no_gradient(watched):
+    for call in watched.calls["update_average"]:
+        assert not any(p.requires_grad for p in call.average.parameters())
+
+
+def test_each_step_gets_the_options(watched):
+    assert len(watched.calls["batch_loss"]) == len(STEPS)
+    for call in watched.calls["batch_loss"]:
+        assert vars(call.args) == vars(watched.args)
+
+
+def expected_rates(run, phase, t):
+    """lr and lambda_u of a step, of 6 in a phase."""
+    if run.script is fixmatch_scar:
+        return 0.004 * math.cos(7 * math.pi * t / (16 * 6)), 0.6
     if run.script is mixmatch_scar:
-        return 0.6 * (step + (6 if phase == "finetune" else 0)) / 16384
-    if run.script is vat_scar and phase == "pretrain":
-        return 0.6 * min(1, step / 2.4)
-    return 0.6
+        return 0.004, 0.6 * (t if phase == "pretrain" else 6 + t) / 16384
+    return 0.004, 0.6 * (min(1, t / 2.4) if phase == "pretrain" else 1)
 
 
-def test_each_step_has_its_lambda_u_and_the_options(watched):
-    for i, call in enumerate(watched.calls["batch_loss"]):
-        lambda_u, args = call.inputs[4:]
-        phase = "pretrain" if i < 6 else "finetune"
-        assert lambda_u.item() == pytest.approx(expected_lambda_u(watched, i % 6, phase))
-        assert vars(args) | {"out": None} == vars(watched.args) | {"out": None}
+def test_each_step_has_its_lambda_u(watched):
+    for (phase, t), call in zip(STEPS, watched.calls["batch_loss"], strict=True):
+        _, lambda_u = expected_rates(watched, phase, t)
+        assert call.lambda_u.item() == pytest.approx(lambda_u), (phase, t)
+
+
+def by_hand(run, model, gradients, state, t, lr):
+    """What the optimizer makes of a model's weights at step t of a phase, from 0."""
+    after = {}
+    for name, p in model.named_parameters():
+        decay = 0.3 if p.ndim > 1 else 0.0
+        gradient = gradients[name]
+        if run.script is fixmatch_scar:
+            gradient = gradient + decay * p
+            state[name] = 0.9 * state.get(name, 0) + gradient
+            after[name] = p - lr * (gradient + 0.9 * state[name])
+        else:
+            m, v = state.get(name, (0, 0))
+            m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+            state[name] = m, v
+            m, v = m / (1 - 0.9 ** (t + 1)), v / (1 - 0.999 ** (t + 1))
+            after[name] = p * (1 - lr * decay) - lr * m / (v.sqrt() + 1e-8)
+    return after
 
 
 def test_each_step_is_the_optimizers_by_hand(watched):
-    """Gradients averaged over processes, lr of the step, weight decay, momentum; in each phase the
-    optimizer begins anew. Batch norm's statistics move with the labeled images alone, and with
-    FixMatch's views."""
-    script, args = watched.script, watched.args
-    for i, (call, update) in enumerate(
-        zip(watched.calls["batch_loss"], watched.calls["update_average"])
+    """From the loss's gradient, averaged over processes: lr of the step, weight decay, momentum;
+    the optimizer begins anew in each phase."""
+    for (phase, t), call, update in zip(
+        STEPS, watched.calls["batch_loss"], watched.calls["update_average"], strict=True
     ):
-        if i % 6 == 0:
+        if t == 0:
             state = {}
-        t = i % 6 + 1
-        before, x_l, y_l, x_u, lambda_u, _ = call.inputs
-        twin = copy.deepcopy(before)
-        after = dict(update.inputs[1].named_parameters())
-        batches = [part.bn.num_batches_tracked.item() for part in (twin, update.inputs[1])]
-        assert batches[1] - batches[0] == (2 if script is fixmatch_scar else 1)
-        torch.set_rng_state(call.rng)
-        loss, _ = script.batch_loss(twin, x_l, y_l, x_u, lambda_u, args)
-        (0.5 * loss).backward()
-        lr = args.lr
-        if script is fixmatch_scar:
-            lr = 0.03 * math.cos(7 * math.pi * (t - 1) / (16 * 6))
+        model = copy.deepcopy(call.model)
+        torch.set_rng_state(call.generator_state)
+        loss, _ = watched.script.batch_loss(
+            model, call.x_l, call.y_l, call.x_u, call.lambda_u, call.args
+        )
+        loss.backward()
+        gradients = {name: 0.5 * p.grad for name, p in model.named_parameters()}
+        lr, _ = expected_rates(watched, phase, t)
         with torch.no_grad():
-            for name, p in twin.named_parameters():
-                decay = args.weight_decay if p.ndim > 1 else 0.0
-                if script is fixmatch_scar:
-                    gradient = p.grad + decay * p
-                    state[name] = 0.9 * state.get(name, 0) + gradient
-                    p -= lr * (gradient + 0.9 * state[name])
-                else:
-                    p *= 1 - lr * decay
-                    m, v = state.get(name, (0, 0))
-                    m, v = 0.9 * m + 0.1 * p.grad, 0.999 * v + 0.001 * p.grad**2
-                    state[name] = m, v
-                    p -= lr * m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
-        close(after, dict(twin.named_parameters()), rtol=1e-3, atol=1e-4)
+            expected = by_hand(watched, call.model, gradients, state, t, lr)
+        for name, p in update.model.named_parameters():
+            where = f"{phase}, step {t}: {name}"
+            close(p, expected[name], rtol=1e-3, atol=1e-4, msg=lambda text: f"{where}: {text}")
 
 
-def test_average_follows_the_model(watched):
-    """Weights and float buffers at min(--ema-decay, (1 + t) / (10 + t)); counters are copied."""
-    updates = watched.calls["update_average"]
-    for i, update in enumerate(updates):
-        average, model, decay = update.inputs
-        assert decay.item() == pytest.approx([0.1, 0.15][min(i % 6, 1)])
-        following = watched.theta if i == 5 else watched.final
-        if i % 6 < 5:
-            following = updates[i + 1].inputs[0]
-        for name, value in following.state_dict().items():
-            before, new = average.state_dict()[name], model.state_dict()[name]
-            expected = decay * before + (1 - decay) * new if value.is_floating_point() else new
-            close(value, expected)
+def test_each_step_begins_without_gradients(watched):
+    for call in watched.calls["batch_loss"]:
+        assert all(p.grad is None for p in call.model.parameters())
+
+
+def test_each_step_is_in_training_mode(watched):
+    for call in watched.calls["batch_loss"]:
+        assert all(module.training for module in call.model.modules())
+
+
+def test_each_step_goes_on_where_the_last_one_ended(watched):
+    """But for the first of fine-tuning, and for buffers that evaluation must not touch."""
+    for i in range(1, 12):
+        if i != 6:
+            before = watched.calls["update_average"][i - 1].model
+            same(watched.calls["batch_loss"][i].model.state_dict(), before.state_dict())
+
+
+def test_the_average_follows_at_a_decay_that_warms_up_in_each_phase(watched):
+    for (phase, t), call in zip(STEPS, watched.calls["update_average"], strict=True):
+        expected = min(0.15, (1 + t) / (10 + t))
+        assert call.decay.item() == pytest.approx(expected), (phase, t)
+
+
+def test_the_average_is_updated_by_each_step(watched):
+    """As update_average does it with that step's model."""
+    calls = watched.calls["update_average"]
+    for i, call in enumerate(calls):
+        average = copy.deepcopy(call.average)
+        watched.script.update_average(average, call.model, call.decay)
+        following = watched.final if i == 11 else calls[i + 1].average
+        close(average.state_dict(), following.state_dict())
+
+
+def test_each_step_gets_the_images_that_were_drawn(watched):
+    """Batches of unlabeled images are drawn first in each epoch, then those of labeled ones."""
+    draws = watched.calls["draw_batches"]
+    for i, call in enumerate(watched.calls["batch_loss"]):
+        epoch, step = divmod(i, 3)
+        same(call.x_u, watched.x[draws[2 * epoch].result[step]])
+        same(call.x_l, watched.x[draws[2 * epoch + 1].result[step]])
+
+
+def test_batches_have_their_sizes(watched):
+    mu = 2 if watched.script is fixmatch_scar else 1
+    for call in watched.calls["batch_loss"]:
+        assert (len(call.x_l), len(call.y_l), len(call.x_u)) == (4, 4, 4 * mu)
+
+
+def test_unlabeled_batches_are_drawn_from_the_pool_in_both_phases(watched):
+    for call in watched.calls["draw_batches"][::2]:
+        same(call.pool, watched.unlabeled)
+
+
+def test_pretraining_draws_the_labeled_images(watched):
+    for call in watched.calls["draw_batches"][1:4:2]:
+        same(call.pool, watched.labeled)
+
+
+def test_fine_tuning_draws_labeled_and_kept_images(watched):
+    expected = torch.cat([watched.labeled, watched.unlabeled[watched.keep]]).sort().values
+    for call in watched.calls["draw_batches"][5::2]:
+        same(call.pool, expected)
+
+
+def test_labeled_images_have_their_labels_and_kept_ones_thetas(watched):
+    labels = torch.full_like(watched.y, -1)
+    labels[watched.labeled] = watched.y[watched.labeled]
+    labels[watched.unlabeled[watched.keep]] = watched.pseudo[watched.keep]
+    draws = watched.calls["draw_batches"]
+    for i, call in enumerate(watched.calls["batch_loss"]):
+        epoch, step = divmod(i, 3)
+        same(call.y_l, labels[draws[2 * epoch + 1].result[step]])
+
+
+def test_fine_tuning_meets_kept_images_and_labeled_ones(watched):
+    kept = set(watched.unlabeled[watched.keep].tolist())
+    drawn = {
+        n for call in watched.calls["draw_batches"][5::2] for n in call.result.flatten().tolist()
+    }
+    assert drawn & kept and drawn - kept
+
+
+def test_no_two_epochs_draw_the_same_batches(watched):
+    """Of either kind, and of labeled images no two steps either."""
+    draws = [call.result.tolist() for call in watched.calls["draw_batches"]]
+    assert len(set(map(str, draws))) == 8
+
+
+def test_no_two_steps_augment_alike(watched):
+    states = [call.generator_state for call in watched.calls["batch_loss"]]
+    assert len({state.numpy().tobytes() for state in states}) == 12
+
+
+def test_batches_and_augmentation_have_seeds_of_their_own(watched):
+    """torch's own generator does not draw the batches."""
+    for call in watched.calls["draw_batches"]:
+        assert call.generator is not torch.default_generator
+        augmentation_seed = torch.Generator()
+        augmentation_seed.set_state(call.generator_state)
+        assert call.generator.initial_seed() != augmentation_seed.initial_seed()
 
 
 def test_fine_tuning_starts_from_theta(watched):
-    """Weights and average are the averaged model at the end of pretraining."""
-    model, average = watched.calls["batch_loss"][6].inputs[0], watched.calls["update_average"][6]
-    for part in (model, average.inputs[0]):
-        close(dict(part.named_parameters()), dict(watched.theta.named_parameters()))
-    close(average.inputs[0].state_dict(), watched.theta.state_dict(), rtol=0, atol=0)
+    """Both the model and its average."""
+    weights = watched.calls["batch_loss"][6].model.state_dict()
+    same(weights, watched.theta.state_dict())
+    same(watched.calls["update_average"][6].average.state_dict(), watched.theta.state_dict())
 
 
-def test_training_sees_the_known_labels_and_kept_images_alone(watched):
-    """Labeled images in pretraining; the kept ones too in fine-tuning, under theta~'s label."""
-    keep, pseudo = watched.script.select_clean(
-        watched.theta, watched.images[watched.unlabeled], 8 / 255
+def test_theta_is_the_average_at_the_end_of_pretraining(watched):
+    last = watched.calls["update_average"][5]
+    average = copy.deepcopy(last.average)
+    watched.script.update_average(average, last.model, last.decay)
+    close(watched.theta.state_dict(), average.state_dict())
+
+
+def test_theta_selects_from_the_unlabeled_images_as_they_are(watched):
+    call = watched.calls["select_clean"][0]
+    assert call.eps == 8 / 255
+    same(call.x, watched.x[watched.unlabeled])
+    same(call.model.state_dict(), watched.theta.state_dict())
+
+
+def test_the_selection_is_counted_by_true_labels(watched):
+    stats = watched.script.selection_stats(
+        watched.keep, watched.pseudo, watched.y[watched.unlabeled]
     )
-    assert 5 < keep.sum() < 145
-    known = dict(zip(watched.labeled.tolist(), watched.y[watched.labeled].tolist()))
-    added = dict(zip(watched.unlabeled[keep].tolist(), pseudo[keep].tolist()))
-    place = {image.numpy().tobytes(): i for i, image in enumerate(watched.images)}
-    seen = {"pretrain": set(), "finetune": set()}
-    for i, call in enumerate(watched.calls["batch_loss"]):
-        _, x_l, y_l, x_u, _, _ = call.inputs
-        assert len(x_l) == len(y_l) == 4 and len(x_u) == 4 * watched.args.mu
-        phase = "pretrain" if i < 6 else "finetune"
-        for image, label in zip(x_l, y_l):
-            seen[phase].add((place[image.numpy().tobytes()], label.item()))
-        assert {place[image.numpy().tobytes()] for image in x_u} <= set(watched.unlabeled.tolist())
-    assert seen["pretrain"] <= known.items()
-    assert seen["finetune"] <= (known | added).items()
-    assert len(seen["finetune"] & added.items()) > 3 and len(seen["finetune"] & known.items()) > 3
-    counts = watched.result["selection"]
-    assert counts["added"] == counts["kept"] == sum(counts["kept_per_class"]) == keep.sum()
+    selection = watched.result["selection"]
+    assert {name: selection[name] for name in stats} == stats
 
 
-def test_no_two_epochs_draw_the_same(watched):
-    for name, count in (("batch_loss", 12), ("draw_batches", 8)):
-        draws = [call.rng for call in watched.calls[name]]
-        if name == "draw_batches":
-            draws = [call.result for call in watched.calls[name]]
-        assert len({str(draw.tolist()) for draw in draws}) == count
+def test_the_selection_is_counted(watched):
+    selection = watched.result["selection"]
+    assert selection["unlabeled"] == 150 and selection["added"] == watched.keep.sum()
+    labels = watched.pseudo[watched.keep].tolist()
+    assert selection["kept_per_class"] == [labels.count(label) for label in range(10)]
 
 
-def test_scores_are_the_averages_on_the_held_out_images(watched):
-    """theta~'s accuracy and Table 2, each epoch's accuracy, the final one."""
-    x, y, result = watched.images[watched.held_out], watched.y[watched.held_out], watched.result
+def test_the_run_says_what_it_selected(watched):
+    accuracy = watched.result["pretrain_accuracy"]
+    sentence = f"theta~ has {accuracy:.2f} % accuracy; {watched.keep.sum()} of 150 unlabeled images"
+    assert f"\n{sentence} join the labeled set\n" in watched.printed
+
+
+def test_the_picture_is_of_the_selection(watched):
+    (call,) = watched.calls["selection_picture"]
+    same(call.x, watched.x[watched.unlabeled])
+    same(call.y, watched.y[watched.unlabeled])
+    same(call.keep, watched.keep)
+    same(call.pseudo, watched.pseudo)
+    assert call.classes == SHAPES
+    with Image.open(watched.out / "selection.png") as image:
+        assert image.tobytes() == call.result.tobytes()
+
+
+def test_accuracies_are_of_the_held_out_images(watched):
+    assert len(watched.calls["evaluate"]) == 5
+    for call in watched.calls["evaluate"]:
+        same(call.x, watched.x[watched.held_out])
+        same(call.y, watched.y[watched.held_out])
+
+
+def test_accuracies_are_the_averages(watched):
+    """After each epoch, and theta~'s once more for the report."""
     updates = watched.calls["update_average"]
-    averages = [updates[3].inputs[0], watched.theta, watched.theta, updates[9].inputs[0]]
-    for call, average in zip(watched.calls["evaluate"], averages + [watched.final], strict=True):
-        assert torch.equal(call.inputs[1], x) and torch.equal(call.inputs[2], y)
-        close(call.inputs[0].state_dict(), average.state_dict(), rtol=0, atol=0)
+    averages = [updates[3].average, watched.theta, watched.theta, updates[9].average, watched.final]
+    for call, average in zip(watched.calls["evaluate"], averages, strict=True):
+        same(call.model.state_dict(), average.state_dict())
+
+
+def test_the_result_has_thetas_accuracy_and_the_final_one(watched):
+    x, y = watched.x[watched.held_out], watched.y[watched.held_out]
+    assert watched.result["pretrain_accuracy"] == watched.script.evaluate(watched.theta, x, y)
+    assert watched.result["final_accuracy"] == watched.script.evaluate(watched.final, x, y)
+
+
+def test_table_2_is_thetas_on_the_held_out_images(watched):
+    """At --table2-eps and --eps."""
+    x, y = watched.x[watched.held_out], watched.y[watched.held_out]
+    assert watched.result["table2"] == watched.script.table2_rows(watched.theta, x, y, [1.0, 8.0])
+
+
+def test_metrics_csv_has_a_row_for_each_epoch(watched):
     rows = read_rows(watched.out / "metrics.csv")
-    assert [(row["phase"], row["epoch"]) for row in rows] == [
-        ("pretrain", "1"), ("pretrain", "2"), ("finetune", "1"), ("finetune", "2"),
-    ]  # fmt: skip
-    theta, final = (watched.script.evaluate(m, x, y) for m in (watched.theta, watched.final))
-    assert float(rows[1]["accuracy"]) == result["pretrain_accuracy"] == theta
-    assert float(rows[3]["accuracy"]) == result["final_accuracy"] == final
-    assert result["scored_on"] == "validation" and result["data"] == "synthetic"
-    assert [row["eps"] for row in result["table2"]] == [1, 8]
-    for row in result["table2"]:
-        keep, pseudo = watched.script.select_clean(watched.theta, x, row["eps"] / 255)
-        stats = watched.script.selection_stats(keep, pseudo, y)
-        expected = {name: None if math.isnan(value) else value for name, value in stats.items()}
-        assert {**row, **expected} == row
+    epochs = [(row["phase"], row["epoch"]) for row in rows]
+    assert epochs == [("pretrain", "1"), ("pretrain", "2"), ("finetune", "1"), ("finetune", "2")]
 
 
 def test_metrics_csv_has_the_means_over_steps_and_processes(watched):
-    steps = [{"loss": loss, **more} for loss, more in
-             (call.result for call in watched.calls["batch_loss"])]  # fmt: skip
-    for i, row in enumerate(read_rows(watched.out / "metrics.csv")):
+    rows = read_rows(watched.out / "metrics.csv")
+    results = [call.result for call in watched.calls["batch_loss"]]
+    steps = [{"loss": loss, **metrics} for loss, metrics in results]
+    for i, row in enumerate(rows):
         for name in steps[0]:
             mean = sum(step[name].item() for step in steps[3 * i : 3 * i + 3]) / 3
-            assert float(row[name]) == pytest.approx(0.5 * mean, rel=1e-5, abs=1e-9)
+            assert float(row[name]) == pytest.approx(0.5 * mean, rel=1e-5, abs=1e-9), (i, name)
+
+
+def test_metrics_csv_has_the_accuracy_of_each_epoch(watched):
+    accuracies = [float(row["accuracy"]) for row in read_rows(watched.out / "metrics.csv")]
+    evaluated = [call.result for call in watched.calls["evaluate"]]
+    assert accuracies == evaluated[:2] + evaluated[3:]
+
+
+def test_metrics_csv_has_the_lr_of_the_last_step(watched):
+    for i, row in enumerate(read_rows(watched.out / "metrics.csv")):
+        lr, _ = expected_rates(watched, *STEPS[3 * i + 2])
+        assert float(row["lr"]) == pytest.approx(lr)
+
+
+# the clock is read 4 times in each epoch: as it begins, before the steps, after them, at its end
+MS_PER_STEP = [1000 * ((4 * i + 2) ** 3 - (4 * i + 1) ** 3) / 3 for i in range(4)]
+SECONDS = [(4 * i + 3) ** 3 - (4 * i) ** 3 for i in range(4)]
+
+
+def test_metrics_csv_has_the_time_of_each_epoch(watched):
+    rows = read_rows(watched.out / "metrics.csv")
+    assert [float(row["ms_per_step"]) for row in rows] == pytest.approx(MS_PER_STEP)
+    assert [float(row["seconds"]) for row in rows] == SECONDS
+
+
+def test_the_result_has_the_times_of_the_run(watched):
+    assert watched.result["ms_per_step"] == pytest.approx(median(MS_PER_STEP))
+    assert watched.result["seconds"] == sum(SECONDS)
+    images = 12 if watched.script is fixmatch_scar else 8
+    assert watched.result["images_per_second"] == pytest.approx(1000 * images / median(MS_PER_STEP))
+
+
+def test_each_epoch_prints_a_line(watched):
+    """With the time left at this epoch's pace: after the second of four epochs, two of those."""
+    row = read_rows(watched.out / "metrics.csv")[1]
+    (line,) = re.findall(r"^pretrain   2 .*$", watched.printed, re.MULTILINE)
+    assert f"  loss {float(row['loss']):.4f}  loss_labeled {float(row['loss_labeled']):.4f}" in line
+    assert f"  accuracy {float(row['accuracy']):5.2f}  " in line
+    assert f"{MS_PER_STEP[1]:.1f} ms a step  {2 * SECONDS[1] / 60:.1f} min left" in line
+
+
+def test_a_run_ends_with_its_tables(watched, capsys):
+    watched.script.print_tables(watched.result, watched.out)
+    assert watched.printed.endswith(capsys.readouterr().out)
 
 
 def test_a_run_leaves_its_files(watched):
@@ -740,36 +2001,222 @@ def test_a_run_leaves_its_files(watched):
         "args.json", "checkpoint.pt", "metrics.csv", f"{watched.script.METHOD}_scar.py", "model.pt",
         "pretrain.pt", "result.json", "selection.csv", "selection.png",
     }  # fmt: skip
+
+
+def test_args_json_has_the_options_and_class_names(watched):
+    args = json.loads((watched.out / "args.json").read_text())
+    assert args == {"method": watched.script.METHOD, **vars(watched.args), "classes": SHAPES}
+
+
+def test_result_json_is_strict_and_what_main_returns(watched):
     text = (watched.out / "result.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == watched.result  # no NaN
-    copied = (watched.out / f"{watched.script.METHOD}_scar.py").read_text()
-    assert copied == Path(watched.script.__file__).read_text()
 
 
-@pytest.mark.parametrize("select", ["none", "confidence"])
+def test_the_result_says_what_ran(watched, monkeypatch):
+    result = watched.result
+    assert (result["method"], result["data"]) == (watched.script.METHOD, "synthetic")
+    assert (result["select"], result["eps"], result["seed"]) == ("fgsm", 8.0, 3)
+    assert result["scored_on"] == "validation"
+    assert result["args"] == vars(watched.args)
+    assert result["command"] == shlex.join(["python", *sys.argv])
+    assert watched.script.machine_info(watched.args).items() <= result.items()
+
+
+def test_the_copy_of_the_script_is_the_script(watched):
+    name = f"{watched.script.METHOD}_scar.py"
+    assert (watched.out / name).read_text() == (HERE / name).read_text()
+
+
+def test_model_pt_is_the_average_at_the_end(watched):
+    last = watched.calls["update_average"][-1]
+    average = copy.deepcopy(last.average)
+    watched.script.update_average(average, last.model, last.decay)
+    close(watched.final.state_dict(), average.state_dict())
+
+
+def test_selection_csv_has_a_row_for_each_unlabeled_image(watched):
+    rows = read_rows(watched.out / "selection.csv")
+    assert [int(row["file"]) for row in rows] == watched.unlabeled.tolist()
+    assert [row["kept"] == "1" for row in rows] == watched.keep.tolist()
+
+
+@pytest.mark.parametrize("prefix, model", [("", "theta"), ("final_", "final")])
+def test_selection_csv_has_each_models_labels(watched, prefix, model):
+    rows = read_rows(watched.out / "selection.csv")
+    logits = watched.script.predict(getattr(watched, model), watched.x[watched.unlabeled])
+    confidence, label = logits.softmax(dim=1).max(dim=1)
+    assert [row[f"{prefix}label"] for row in rows] == [SHAPES[i] for i in label]
+    confidences = [float(row[f"{prefix}confidence"]) for row in rows]
+    assert confidences == pytest.approx(confidence.tolist(), abs=2e-6)
+
+
+# ------------------------------------------------------------------------- what each option acts on
+
+
+def aspects(run):
+    """What an option may change, by name; each value compares with == and is exact."""
+    steps = run.calls["batch_loss"]
+    draws = [call.result.tolist() for call in run.calls["draw_batches"]]
+    rows = read_rows(run.out / "metrics.csv")
+    theta = torch.load(run.out / "pretrain.pt")
+    return {
+        "initial weights": [p.tolist() for p in steps[0].model.parameters()],
+        "labeled batches": draws[1:4:2],
+        "unlabeled batches": draws[0:4:2],
+        "augmentation": [call.generator_state.tolist() for call in steps[:6:3]],
+        "pretrained weights": [p.tolist() for p in steps[5].model.parameters()],
+        "theta": [tensor.tolist() for tensor in theta.values()],
+        "selection": run.calls["draw_batches"][5].pool.tolist(),
+        "scored images": run.calls["evaluate"][0].x.tolist(),
+        "Table 2's rows": [row["eps"] for row in run.result["table2"]],
+        "fine-tuning": [row["loss"] for row in rows[2:]],
+    }
+
+
+@pytest.fixture(scope="module")
+def usual(few, tmp_path_factory):
+    """The aspects of a FixMatch run."""
+    run = watch(fixmatch_scar, tmp_path_factory.mktemp("usual") / "run", few, *USUAL)
+    return aspects(run)
+
+
+USUAL = "--seed 3 --eps 8 --lr 0.01 --lambda-u 0.6 --threshold 0.2 --mu 2 --select fgsm".split()
+TRAINING = {"pretrained weights", "theta", "fine-tuning"}
+BATCHES = {"labeled batches", "unlabeled batches"}
+ACTS_ON = {
+    "--table2-eps 1 4": {"Table 2's rows"},
+    "--eps 0": {"selection", "fine-tuning", "Table 2's rows"},
+    "--select none": {"selection", "fine-tuning"},
+    "--select confidence": {"selection", "fine-tuning"},
+    "--ema-decay 0": {"theta", "fine-tuning"},
+    "--lr 0.02": TRAINING,
+    "--weight-decay 0.3": TRAINING,
+    "--lambda-u 0.3": TRAINING,
+    "--threshold 0.95": TRAINING,
+    "--precision bf16": TRAINING,
+    "--batch-size 5": TRAINING | BATCHES,
+    "--mu 3": TRAINING | {"unlabeled batches"},
+    "--val 30": TRAINING | BATCHES | {"scored images"},
+    "--num-labeled 90": TRAINING | BATCHES,
+    "--seed 4": TRAINING | BATCHES | {"initial weights", "augmentation"},
+    "--data-dir elsewhere": set(),
+}
+
+
+@pytest.mark.parametrize("option", ACTS_ON)
+def test_an_option_acts_where_it_should_and_nowhere_else(option, usual, few, tmp_path):
+    run = aspects(watch(fixmatch_scar, tmp_path / "run", few, *USUAL, *option.split()))
+    changed = {name for name in run if run[name] != usual[name]}
+    if "theta" in changed:
+        changed.discard("selection")  # another theta~ may select the same images
+    assert changed == ACTS_ON[option]
+
+
+def test_bf16_pretrains_nearly_as_float32_does(few, tmp_path):
+    weights = []
+    for precision in ("fp32", "bf16"):
+        run = watch(fixmatch_scar, tmp_path / precision, few, *USUAL, "--precision", precision)
+        weights.append(
+            torch.cat([p.flatten() for p in run.calls["batch_loss"][3].model.parameters()])
+        )
+    assert 0 < (weights[0] - weights[1]).norm() < 0.05 * weights[0].norm()
+
+
+def test_a_control_sees_the_unlabeled_images_that_scar_sees_in_the_same_views(few, tmp_path):
+    """In fine-tuning too, however many images were added."""
+    draws, states = [], []
+    for select in ("fgsm", "none"):
+        run = watch(fixmatch_scar, tmp_path / select, few, *USUAL, "--select", select)
+        draws.append([call.result.tolist() for call in run.calls["draw_batches"][::2]])
+        states.append([call.generator_state.tolist() for call in run.calls["batch_loss"]])
+    assert draws[0] == draws[1] and states[0] == states[1]
+
+
+@pytest.fixture(scope="module")
+def theta(tmp_path_factory):
+    """A pretrain.pt, of random weights."""
+    path = tmp_path_factory.mktemp("theta") / "pretrain.pt"
+    torch.manual_seed(5)
+    torch.save(WideResNet(10, 10, 1).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def from_theta(few, theta, tmp_path):
+    """A watched run of --select from the theta~ given by --pretrained."""
+
+    def start(script, select):
+        options = ("--select", select, "--eps", 2, "--pretrained", theta)
+        return watch(script, tmp_path / "run", few, *options)
+
+    return start
+
+
 @each_script
-def test_controls_start_from_theta_and_add_their_own(
-    script, select, few_images, tmp_path, monkeypatch
-):
-    """Nothing, or as many as fgsm keeps at --eps, the most confident ones."""
-    theta = WideResNet(10, 10, 1)
-    torch.save(theta.state_dict(), tmp_path / "theta.pt")
-    pools, draw = [], script.draw_batches
-    monkeypatch.setattr(script, "draw_batches", lambda *x: pools.append(x[0]) or draw(*x))
-    options = ("--select", select, "--eps", 8, "--pretrained", tmp_path / "theta.pt")
-    result = run(script, tmp_path / "run", *options)
-    x, y, x_test, y_test = few_images
-    labeled, unlabeled = split_labeled(y, 100, 0)
-    expected = labeled
-    if select == "confidence":
-        keep, _ = script.select_clean(theta, x[unlabeled], 8 / 255)
-        sure = script.select_confident(script.predict(theta, x[unlabeled]), int(keep.sum()))
-        expected = torch.cat([labeled, unlabeled[sure]]).sort().values
-    assert len(pools) == 4 and torch.equal(pools[0], unlabeled)
-    assert torch.equal(pools[1], expected) and torch.equal(pools[3], expected)
-    assert result["selection"]["added"] == len(expected) - 100
-    assert result["pretrain_accuracy"] == script.evaluate(theta, x_test, y_test)
-    assert (result["selection"]["sensitivity"] is None) == (select == "none")
+def test_pretrained_goes_straight_to_fine_tuning(script, from_theta):
+    run = from_theta(script, "fgsm")
+    assert [row["phase"] for row in read_rows(run.out / "metrics.csv")] == 2 * ["finetune"]
+
+
+@each_script
+def test_pretrained_is_theta(script, from_theta, theta):
+    run = from_theta(script, "fgsm")
+    expected = load_model(theta).state_dict()
+    same(run.calls["select_clean"][0].model.state_dict(), expected)
+    same(run.calls["batch_loss"][0].model.state_dict(), expected)
+    same(torch.load(run.out / "pretrain.pt"), expected)
+
+
+def test_select_none_adds_nothing(from_theta):
+    run = from_theta(fixmatch_scar, "none")
+    labeled, _ = split_labeled(run.calls["split_labeled"][0].y, 100, 0)
+    same(run.calls["draw_batches"][1].pool, labeled)
+    assert run.result["selection"]["added"] == 0
+
+
+def test_select_confidence_adds_the_surest_as_many_as_fgsm_keeps(from_theta):
+    run = from_theta(fixmatch_scar, "confidence")
+    theta, x = run.calls["select_clean"][0].model, run.calls["select_clean"][0].x
+    count = int(fixmatch_scar.select_clean(theta, x, 2 / 255)[0].sum())
+    confidence = theta.eval()(to_float(x)).softmax(dim=1).amax(dim=1)
+    expected = confidence.argsort(descending=True)[:count].sort().values
+    labeled, unlabeled = split_labeled(run.calls["split_labeled"][0].y, 100, 0)
+    added = set(run.calls["draw_batches"][1].pool.tolist()) - set(labeled.tolist())
+    assert 5 < count < 195 and added == set(unlabeled[expected].tolist())
+
+
+def test_select_confidence_gives_thetas_labels(from_theta):
+    run = from_theta(fixmatch_scar, "confidence")
+    labeled, unlabeled = split_labeled(run.calls["split_labeled"][0].y, 100, 0)
+    labels = run.calls["split_labeled"][0].y.clone()
+    x = run.calls["select_clean"][0].x
+    labels[unlabeled] = fixmatch_scar.predict(run.calls["select_clean"][0].model, x).argmax(dim=1)
+    for i, call in enumerate(run.calls["batch_loss"]):
+        same(call.y_l, labels[run.calls["draw_batches"][i // 3 * 2 + 1].result[i % 3]])
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The functions that torch.compile got; it leaves them as they are."""
+    functions = []
+    monkeypatch.setattr(torch, "compile", lambda function: functions.append(function) or function)
+    return functions
+
+
+@pytest.mark.parametrize("option, times", [("--compile", 1), ("--no-compile", 0)])
+def test_compile_compiles_the_loss(option, times, compiled, few_images, tmp_path):
+    run(mixmatch_scar, tmp_path / "run", option, "--epochs", 1)
+    assert compiled == times * [mixmatch_scar.batch_loss]
+
+
+def test_a_compiled_run_is_the_run(few_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    losses = []
+    for option in ("--compile", "--no-compile"):
+        run(mixmatch_scar, tmp_path / option, option, "--epochs", 1, "--lr", 1e-4)
+        losses.append([float(row["loss"]) for row in read_rows(tmp_path / option / "metrics.csv")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_each_epoch_begins_in_training_mode(few_images, tmp_path, monkeypatch):
@@ -787,41 +2234,150 @@ def test_each_epoch_begins_in_training_mode(few_images, tmp_path, monkeypatch):
     assert modes == 12 * [True] and not models[-1].training
 
 
-def test_tensorboard_gets_each_epochs_numbers(few_images, tmp_path, monkeypatch):
-    scalars = []
-    writer = SimpleNamespace(add_scalar=lambda *scalar: scalars.append(scalar), flush=lambda: None)
-    board = SimpleNamespace(SummaryWriter=lambda folder: writer)
+@pytest.fixture
+def scalars(monkeypatch):
+    """What the run writes to TensorBoard: (name, value, epoch); and the folder."""
+    written = []
+
+    def writer(folder):
+        written.append(folder)
+        return SimpleNamespace(add_scalar=lambda *row: written.append(row), flush=lambda: None)
+
+    board = SimpleNamespace(SummaryWriter=writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     monkeypatch.setattr(vat_scar.importlib.util, "find_spec", lambda name: name == "tensorboard")
-    result = run(vat_scar, tmp_path / "run", "--tensorboard")
-    assert ("finetune/accuracy", result["final_accuracy"], 2) in scalars
-    assert {name for name, _, _ in scalars} >= {"pretrain/loss", "pretrain/lr", "pretrain/entropy"}
+    return written
 
 
-def test_somebodys_network_trains(few_images, tmp_path, monkeypatch):
+def test_tensorboard_gets_each_epochs_numbers(few_images, tmp_path, scalars):
+    run(vat_scar, tmp_path / "run", "--tensorboard")
+    assert scalars.pop(0) == tmp_path / "run"
+    expected = set()
+    for row in read_rows(tmp_path / "run" / "metrics.csv"):
+        for name in row.keys() - {"phase", "epoch"}:
+            expected.add((f"{row['phase']}/{name}", float(row[name]), int(row["epoch"])))
+    assert set(scalars) == expected
+
+
+def test_without_tensorboard_nothing_is_written_for_it(few_images, tmp_path, scalars):
+    run(vat_scar, tmp_path / "run", "--epochs", 1)
+    assert scalars == []
+
+
+def test_an_epoch_shows_its_steps_on_a_terminal(few_images, tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    with redirect_stdout(terminal):
+        run(vat_scar, tmp_path / "run", "--epochs", 1, "--steps-per-epoch", 12)
+    shown = re.findall(r"(\w+) 1: step (\d+) of 12\x1b\[K\r", terminal.getvalue())
+    assert shown == [(phase, step) for phase in ("pretrain", "finetune") for step in ("0", "10")]
+
+
+@pytest.mark.parametrize("flag, value", [("allow_tf32", False), ("benchmark", True)])
+def test_a_run_sets_cudnn(flag, value, few_images, tmp_path, monkeypatch):
+    """TF32 off, for fgsm's signs; the fastest algorithm for each convolution is looked for."""
+    monkeypatch.setattr(torch.backends.cudnn, flag, not value)
+    run(vat_scar, tmp_path / "run", "--epochs", 1)
+    assert getattr(torch.backends.cudnn, flag) == value
+
+
+class Plain(nn.Module):
     """Without batch norm, with a layer that is not used and a parameter without dimensions."""
 
-    class Plain(nn.Module):
-        def __init__(self, classes, depth, width):
-            super().__init__()
-            self.linear, self.unused = nn.Linear(3 * 64, classes), nn.Linear(2, 2)
-            self.scale = nn.Parameter(torch.ones(()))
+    def __init__(self, classes, depth, width):
+        super().__init__()
+        self.linear, self.unused = nn.Linear(3 * 36, classes), nn.Linear(2, 2)
+        self.scale = nn.Parameter(torch.ones(()))
 
-        def forward(self, x):
-            return self.scale * self.linear(F.avg_pool2d(x, 4).flatten(1))
+    def forward(self, x):
+        return self.scale * self.linear(F.avg_pool2d(x, 4).flatten(1))
 
-    for script in SCRIPTS:
-        monkeypatch.setattr(script, "WideResNet", Plain)
-        run(script, tmp_path / script.METHOD)
-        weights = torch.load(tmp_path / script.METHOD / "model.pt")
-        assert weights["scale"] != 1
+
+@each_script
+def test_somebodys_network_trains(script, few_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "WideResNet", Plain)
+    run(script, tmp_path / "run")
+    assert torch.load(tmp_path / "run" / "model.pt")["scale"] != 1
+
+
+@pytest.mark.parametrize("data", ["synthetic", "stl10"])
+def test_num_labeled_is_4000_if_omitted(data, few_images, tmp_path, monkeypatch, capsys):
+    """With a benchmark whose images have not all a label too."""
+    x, y, x_test, y_test = few_images
+    if data == "stl10":
+        y = torch.where(torch.arange(300) < 200, y, -1)
+    monkeypatch.setattr(vat_scar, "load_images", lambda *args: (x, y, x_test, y_test))
+    argv = [word for word in SMALL if word not in ("--num-labeled", "100", "--data", "synthetic")]
+    sentence = refusal(capsys, vat_scar, *argv, "--data", data, "--out", tmp_path / "run")
+    assert sentence.startswith("--num-labeled 4000 leaves no unlabeled image")
+
+
+class NamedCuda(str):
+    """A device of the CPU that says it is called cuda, so that main takes its steps for a GPU."""
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        return other == "cuda"
+
+
+@pytest.fixture
+def as_on_cuda(few_images, tmp_path, monkeypatch):
+    """Runs VAT's main as on a GPU, as far as it asks for the name of its device.
+
+    Returns the calls of torch.cuda and the functions that were captured.
+    """
+    seen = SimpleNamespace(streams=[], devices=[], captured=[])
+
+    def start(*options):
+        parse_args = vat_scar.parse_args
+
+        def parse_args_for_cuda(argv):
+            args = parse_args(argv)
+            args.device = NamedCuda("cpu")
+            return args
+
+        monkeypatch.setattr(vat_scar, "parse_args", parse_args_for_cuda)
+        monkeypatch.setattr(vat_scar, "machine_info", lambda args: {})
+        monkeypatch.setattr(vat_scar, "capture", lambda step: seen.captured.append(step) or step)
+        monkeypatch.setattr(torch, "compile", lambda function: function)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: "a new stream")
+        monkeypatch.setattr(torch.cuda, "set_stream", seen.streams.append)
+        monkeypatch.setattr(torch.cuda, "set_device", seen.devices.append)
+        run(vat_scar, tmp_path / "run", "--select", "none", *options)
+        return seen
+
+    return start
+
+
+def test_on_cuda_each_phase_captures_the_step(as_on_cuda):
+    captured = as_on_cuda("--compile").captured
+    assert [function.__name__ for function in captured] == 2 * ["training_step"]
+
+
+def test_on_cuda_nothing_is_captured_with_no_compile(as_on_cuda):
+    assert as_on_cuda("--no-compile").captured == []
+
+
+def test_on_cuda_a_run_has_a_stream_of_its_own(as_on_cuda):
+    assert as_on_cuda("--no-compile").streams == ["a new stream"]
+
+
+def test_on_cuda_each_process_has_its_own_gpu_and_captures_nothing(as_on_cuda, monkeypatch):
+    """No exchange between processes is recorded."""
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    monkeypatch.setattr(vat_scar, "WORLD_SIZE", 2)
+    for name in ("init_process_group", "all_reduce", "broadcast"):
+        monkeypatch.setattr(vat_scar.dist, name, lambda *inputs: None)
+    seen = as_on_cuda("--compile")
+    assert seen.devices == [5] and seen.captured == []
 
 
 @needs_cuda
 @each_script
 def test_whole_run_on_cuda(script, few_images, tmp_path):
     """Compiled, captured and in bf16 by default; its weights load without a GPU."""
-    options = [*SMALL[:-3], "--steps-per-epoch", "8", "--out", str(tmp_path / "run")]
+    options = [*SMALL[:-5], "--steps-per-epoch", "8", "--out", str(tmp_path / "run")]
     result = script.main(options)
     assert result["args"]["compile"] and result["peak_memory_gib"] > 0
     for name in ("pretrain.pt", "model.pt"):
@@ -845,94 +2401,497 @@ def test_captured_run_on_cuda_is_the_run(script, few_images, tmp_path, monkeypat
         close(captured.state_dict(), plain.state_dict(), rtol=1e-3, atol=1e-4)
 
 
-# ------------------------------------------------------------------------- bad input, interruptions
+# ------------------------------------------------------------------------- several processes as one
 
 
-def test_refuses_options(few_images, tmp_path, capsys):
-    table = {
-        "--depth 27": "--depth must be 6n + 4",
-        "--data imagenet": "invalid choice: 'imagenet'",
-        "--epoch 3": "unrecognized arguments: --epoch",
-        "--epochs 2.5": "--epochs: invalid int value: '2.5'",
-        "--num-labeled 9": "too few",
-        "--num-labeled 290 --val 10": "no unlabeled image",
-        "--pretrained=": "cannot read .",
-        "--pretrained nowhere/theta.pt": "cannot read nowhere/theta.pt: No such file or directory",
-        "--eps 256": "--eps and --table2-eps must be from 0 to 255",
-        "--table2-eps 1 -2": "--eps and --table2-eps must be from 0 to 255",
-        "--table2-eps nan": "--eps and --table2-eps must be from 0 to 255",
-        "--ema-decay 1.5": "--ema-decay must be from 0 to 1",
-        "--threshold 2": "--threshold is a probability",
-        "--image-size 8": "--image-size must be at least 16",
-    }
-    for option in ("width", "epochs", "steps-per-epoch", "batch-size", "mu"):
-        table[f"--{option} 0"] = f"--{option} must be at least 1"
-    for option in ("lr inf", "eps nan", "lambda-u -1", "weight-decay -1", "seed -1", "val -1"):
-        table[f"--{option}"] = f"--{option.split()[0]} must be a finite number and not negative"
-    if not torch.cuda.is_available():
-        table["--device cuda"] = "no NVIDIA GPU"
-    if importlib.util.find_spec("tensorboard") is None:
-        table["--tensorboard"] = "pip install tensorboard"
-    for options, sentence in table.items():
-        argv = [*SMALL, "--out", tmp_path / "run", *options.split()]
-        assert sentence in refusal(capsys, fixmatch_scar, *argv)
-    for script, option in ((mixmatch_scar, "--alpha"), (vat_scar, "--xi")):
-        argv = [*SMALL, "--out", tmp_path / "run", option, {"--alpha": 1e-3, "--xi": 0}[option]]
-        assert f"{option} must be" in refusal(capsys, script, *argv)
+@pytest.fixture
+def as_process(monkeypatch, few, tmp_path):
+    """Runs main, watched, as one of two processes; what it would exchange is left to the caller.
+
+    all_reduce gets a tensor and changes it in place; broadcast the same, and a process's number.
+    """
+
+    def start(script, rank, *options, all_reduce=lambda flat: None, broadcast=lambda *_: None):
+        with monkeypatch.context() as patch:
+            patch.setattr(script.dist, "init_process_group", lambda: None)
+            patch.setattr(script.dist, "all_reduce", all_reduce)
+            patch.setattr(script.dist, "broadcast", broadcast)
+            patch.setattr(script, "WORLD_SIZE", 2)
+            patch.setattr(script, "RANK", rank)
+            average = script.average_over_processes
+            out = tmp_path / f"process {rank}"
+            return watch(script, out, few, *options, average_over_processes=average)
+
+    return start
+
+
+def image_bytes(batch):
+    return [image.numpy().tobytes() for image in batch]
+
+
+@each_script
+def test_two_processes_share_each_batch(script, as_process, few, tmp_path):
+    """Halves, of labeled and of unlabeled images, that are together the batch of one process."""
+    options = ("--epochs", 1, "--select", "none")
+    runs = [watch(script, tmp_path / "alone", few, *options)]
+    runs += [as_process(script, rank, *options) for rank in (0, 1)]
+    for alone, first, second in zip(*[run.calls["batch_loss"] for run in runs], strict=True):
+        for part in ("x_l", "x_u"):
+            whole, half, other = (
+                image_bytes(getattr(call, part)) for call in (alone, first, second)
+            )
+            assert len(half) == len(other) == len(whole) / 2
+            assert sorted(half + other) == sorted(whole)
+
+
+def test_two_processes_augment_each_in_its_own_way(as_process):
+    runs = [as_process(vat_scar, rank) for rank in (0, 1)]
+    for first, second in zip(*[run.calls["batch_loss"] for run in runs], strict=True):
+        assert not torch.equal(first.generator_state, second.generator_state)
+
+
+def test_process_0_gives_its_labels_to_all(as_process):
+    """True ones and those of kept images, before fine-tuning draws from them."""
+    given = []
+    run = as_process(vat_scar, 0, broadcast=lambda labels, source: given.append(labels.clone()))
+    (labels,) = given
+    keep, pseudo = run.calls["select_clean"][0].result
+    y = run.calls["split_labeled"][0].y
+    labeled, unlabeled = run.calls["split_labeled"][0].result
+    expected = torch.full_like(y, -1)
+    expected[labeled] = y[labeled]
+    expected[unlabeled[keep]] = pseudo[keep]
+    same(labels, expected)
+
+
+def test_process_1_fine_tunes_on_the_labels_of_process_0(as_process):
+    theirs = torch.full((300,), -1)
+    theirs[50:90] = 7
+
+    def broadcast(labels, source):
+        assert source == 0
+        labels.copy_(theirs)
+
+    run = as_process(vat_scar, 1, broadcast=broadcast)
+    for call in run.calls["draw_batches"][5::2]:
+        same(call.pool, torch.arange(50, 90))
+    for call in run.calls["batch_loss"][6:]:
+        assert call.y_l.tolist() == [7, 7]
+
+
+def test_process_1_writes_and_prints_nothing(as_process, scalars):
+    run = as_process(vat_scar, 1, "--tensorboard")
+    assert not any(run.out.iterdir()) and run.printed == "" and scalars == []
+
+
+@pytest.fixture
+def exchanged(as_process, few, tmp_path, monkeypatch):
+    """A step of one process, and the same of two with half the batch each, as process 0 sees it.
+
+    Nothing depends on what else is in a batch: no batch norm, no MixUp, nothing drawn at random.
+    """
+    options = {"vat": "", "mixmatch": "--alpha 0", "fixmatch": "--threshold 0.1"}
+
+    def direction(model, x, *rest):
+        return F.normalize(x, dim=(1, 2, 3))
+
+    def start(script):
+        monkeypatch.setattr(script, "WideResNet", Plain)
+        monkeypatch.setattr(script, "weak_augment", lambda x: x)
+        monkeypatch.setattr(script, "strong_augment", lambda x: 255 - x, raising=False)
+        monkeypatch.setattr(script, "vat_direction", direction, raising=False)
+        monkeypatch.setattr(script, "schedule", lambda step, total, phase, args: (0.1, 0.6))
+        argv = "--epochs 1 --steps-per-epoch 1 --select none".split()
+        argv += options[script.METHOD].split()
+        alone = watch(
+            script, tmp_path / "alone", few, *argv, average_over_processes=lambda tensors: None
+        )
+        theirs = []
+        as_process(script, 1, *argv, all_reduce=lambda flat: theirs.append(flat.clone()))
+        both = as_process(script, 0, *argv, all_reduce=lambda flat: flat.add_(theirs.pop(0)))
+        return alone, both
+
+    return start
+
+
+@each_script
+def test_a_step_of_two_processes_is_that_of_one_with_the_whole_batch(script, exchanged):
+    alone, both = exchanged(script)
+    weights = [run.calls["update_average"][0].model.state_dict() for run in (alone, both)]
+    before = alone.calls["batch_loss"][0].model.linear.weight
+    assert (weights[0]["linear.weight"] - before).abs().mean() > 1e-4
+    close(*weights, rtol=1e-4, atol=1e-5)
+
+
+@each_script
+def test_metrics_of_two_processes_are_those_of_one_with_the_whole_batch(script, exchanged):
+    rows = [read_rows(run.out / "metrics.csv")[0] for run in exchanged(script)]
+    for name in rows[0].keys() - {"phase", "ms_per_step", "seconds"}:
+        assert float(rows[1][name]) == pytest.approx(float(rows[0][name]), rel=1e-4), name
+
+
+@pytest.fixture(scope="module")
+def torchrun(tmp_path_factory):
+    """A run of two real processes on a folder of images, on the CPU."""
+    root = write_photos(tmp_path_factory.mktemp("torchrun") / "photos")
+    out = root.parent / "two"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    command += [HERE / "mixmatch_scar.py", *folder_options(root), "--out", out]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(out=out, printed=done.stdout)
+
+
+def test_torchrun_prints_the_tables_once(torchrun):
+    assert torchrun.printed.count("Table 1") == 1
+
+
+def test_torchrun_leaves_the_files_of_a_run(torchrun):
+    assert len(list(torchrun.out.iterdir())) == 9
+    assert len(read_rows(torchrun.out / "metrics.csv")) == 4
+    assert json.loads((torchrun.out / "result.json").read_text())["ranks"] == 2
+
+
+def test_rank_without_world_size_counts_for_nothing():
+    command = [sys.executable, "-c", "import vat_scar; print(vat_scar.RANK, vat_scar.WORLD_SIZE)"]
+    environment = {**os.environ, "RANK": "3"}
+    assert subprocess.check_output(command, env=environment, cwd=HERE) == b"0 1\n"
+
+
+# -------------------------------------------------------------------------- interruptions, resuming
+
+
+class Killed(BaseException):
+    """Nothing in the scripts handles it, as nothing handles SIGKILL."""
+
+
+def kill_at(patch, owner, name, call):
+    """The call-th call of owner's function kills the run."""
+    function = getattr(owner, name)
+    calls = itertools.count(1)
+
+    def kill(*inputs):
+        if next(calls) == call:
+            raise Killed
+        return function(*inputs)
+
+    patch.setattr(owner, name, kill)
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if k not in ("ms_per_step", "seconds")} for row in rows]
+
+
+def check_same_run(one, two):
+    """Files and weights are the same to the last bit, but for times and paths."""
+    names = [{path.name for path in out.glob("[!.]*")} for out in (one, two)]
+    assert names[0] == names[1]
+    for name in ("pretrain.pt", "model.pt"):
+        same(torch.load(two / name), torch.load(one / name))
+    for name in ("selection.csv", "selection.png"):
+        assert (two / name).read_bytes() == (one / name).read_bytes(), name
+    rows = [without_times(read_rows(out / "metrics.csv")) for out in (one, two)]
+    assert rows[0] == rows[1]
+    results = [json.loads((out / "result.json").read_text()) for out in (one, two)]
+    for name in ("pretrain_accuracy", "final_accuracy", "selection", "table2"):
+        assert results[0][name] == results[1][name], name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(few, tmp_path_factory):
+    """The folder of a whole run of a script."""
+    folders = {}
+
+    def of(script):
+        if script not in folders:
+            folders[script] = tmp_path_factory.mktemp("whole") / "run"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(script, "load_images", lambda *args: few)
+                run(script, folders[script], "--eps", 8)
+        return folders[script]
+
+    return of
+
+
+@pytest.mark.parametrize("step", [2, 5, 8, 11])
+@each_script
+def test_a_run_killed_in_an_epoch_ends_as_if_it_had_not_been(
+    script, step, uninterrupted, few_images, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, script, "batch_loss", step)
+        run(script, tmp_path / "run", "--eps", 8)
+    run(script, tmp_path / "run", "--eps", 8)
+    check_same_run(uninterrupted(script), tmp_path / "run")
+
+
+FILES = [  # in the order in which a run writes them
+    "args.json", "vat_scar.py", "metrics 1", "checkpoint 1", "metrics 2", "checkpoint 2",
+    "pretrain.pt", "selection.png", "metrics 3", "checkpoint 3", "metrics 4", "checkpoint 4",
+    "model.pt", "selection.csv", "result.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(1, 16), ids=FILES)
+def test_a_run_killed_as_it_writes_a_file_ends_as_if_it_had_not_been(
+    number, uninterrupted, few_images, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, os, "replace", number)
+        run(vat_scar, tmp_path / "run", "--eps", 8)
+    run(vat_scar, tmp_path / "run", "--eps", 8)
+    check_same_run(uninterrupted(vat_scar), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["select_clean", "table2_rows", "selection_rows"])
+def test_a_run_killed_between_the_phases_or_at_the_end_ends_as_if_it_had_not_been(
+    name, uninterrupted, few_images, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, vat_scar, name, 1)
+        run(vat_scar, tmp_path / "run", "--eps", 8)
+    run(vat_scar, tmp_path / "run", "--eps", 8)
+    check_same_run(uninterrupted(vat_scar), tmp_path / "run")
+
+
+@pytest.mark.parametrize("step, where", [(5, "pretrain epoch 1"), (11, "finetune epoch 1")])
+def test_a_resumed_run_trains_the_remaining_epochs_alone(
+    step, where, few_images, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, vat_scar, "batch_loss", step)
+        run(vat_scar, tmp_path / "run")
+    capsys.readouterr()
+    run(vat_scar, tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert f"\nresumes after {where}\n" in printed
+    epochs = re.findall(r"^(?:pretrain|finetune)   \d", printed, re.MULTILINE)
+    assert len(epochs) == 4 - step // 3
+
+
+def test_a_run_killed_in_the_control_resumes_from_its_theta(
+    theta, few_images, tmp_path, monkeypatch
+):
+    """From its checkpoint, not from --pretrained again."""
+    options = ("--select", "none", "--pretrained", theta)
+    run(vat_scar, tmp_path / "whole", *options)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, vat_scar, "batch_loss", 5)
+        run(vat_scar, tmp_path / "run", *options)
+    run(vat_scar, tmp_path / "run", *options)
+    check_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_second_run_on_the_folder_changes_nothing(
+    uninterrupted, few_images, tmp_path, monkeypatch
+):
+    """It starts in the first one's second epoch, goes on from its checkpoint and ends before it."""
+    out, evaluate, results = tmp_path / "run", vat_scar.evaluate, []
+
+    def second_starts(*inputs):
+        if (out / "metrics.csv").exists() and not results:
+            monkeypatch.setattr(vat_scar, "evaluate", evaluate)
+            results.append(run(vat_scar, out, "--eps", 8))
+        return evaluate(*inputs)
+
+    monkeypatch.setattr(vat_scar, "evaluate", second_starts)
+    run(vat_scar, out, "--eps", 8)
+    assert len(results) == 1
+    check_same_run(uninterrupted(vat_scar), out)
+
+
+def test_a_finished_run_is_printed_and_not_trained(uninterrupted, few_images, monkeypatch, capsys):
+    out = uninterrupted(vat_scar)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr(vat_scar, "batch_loss", pytest.fail)
+    result = run(vat_scar, out, "--eps", 8)
+    assert result == json.loads((out / "result.json").read_text())
+    assert "Table 1" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--data-dir elsewhere", "--compile", "--tensorboard", "--device cpu", "--precision fp32"],
+)
+def test_a_run_goes_on_though_where_it_runs_differs(options, uninterrupted, few_images, scalars):
+    """What is given by its name is the same run, too."""
+    out = uninterrupted(vat_scar)
+    expected = json.loads((out / "result.json").read_text())
+    assert run(vat_scar, out, "--eps", 8, *options.split()) == expected
+
+
+def test_omitted_options_are_settled_before_settings_are_compared(
+    uninterrupted, few_images, monkeypatch
+):
+    """Without a GPU, SMALL's last five words say what is so anyway."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = uninterrupted(vat_scar)
+    expected = json.loads((out / "result.json").read_text())
+    assert vat_scar.main([*SMALL[:-5], "--eps", "8", "--out", str(out)]) == expected
+
+
+OTHER_SETTINGS = {
+    "data": "cifar10",
+    "image_size": 28,
+    "num_labeled": 90,
+    "val": 40,
+    "seed": 4,
+    "depth": 16,
+    "width": 2,
+    "epochs": 3,
+    "steps_per_epoch": 4,
+    "batch_size": 6,
+    "lr": 0.5,
+    "weight_decay": 0.4,
+    "ema_decay": 0.9,
+    "lambda_u": 0.2,
+    "eps": 7.0,
+    "select": "none",
+    "table2_eps": [2.0],
+    "precision": "bf16",
+    "xi": 0.5,
+    "vat_eps": 2.0,
+    "power_iterations": 2,
+    "entropy_weight": 0.1,
+}
+
+
+def command_line(settings):
+    words = []
+    for name, value in settings.items():
+        words.append(f"--{name.replace('_', '-')}")
+        words.extend(map(str, value if isinstance(value, list) else [value]))
+    return words
+
+
+@pytest.mark.parametrize("name", [*OTHER_SETTINGS, "pretrained"])
+def test_another_runs_folder_is_refused_by_the_settings_name(
+    name, uninterrupted, few_images, capsys
+):
+    out = uninterrupted(vat_scar)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    was = json.loads((out / "args.json").read_text())[name]
+    now = OTHER_SETTINGS.get(name, str(out / "pretrain.pt"))
+    argv = [*SMALL, "--eps", 8, "--out", out, *command_line({name: now})]
+    sentence = refusal(capsys, vat_scar, *argv)
+    assert f"({name} was {was}, now {now})" in sentence
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+
+
+def test_no_setting_is_forgotten(uninterrupted):
+    """A new option stands in OTHER_SETTINGS, or is one that may differ."""
+    args = json.loads((uninterrupted(vat_scar) / "args.json").read_text())
+    may_differ = {"device", "out", "data_dir", "compile", "tensorboard"}
+    rest = {"method", "classes", "mu", "pretrained"}
+    assert args.keys() == OTHER_SETTINGS.keys() | may_differ | rest
+
+
+def test_another_method_and_other_classes_are_refused(
+    uninterrupted, few_images, monkeypatch, capsys
+):
+    argv = [*SMALL, "--out", uninterrupted(vat_scar)]
+    assert "method was vat, now mixmatch" in refusal(capsys, mixmatch_scar, *argv)
+    monkeypatch.setattr(vat_scar, "image_names", lambda *args: (["cat"] * 10, [], []))
+    assert f"classes was {SHAPES}, now" in refusal(capsys, vat_scar, *argv, "--eps", 8)
+
+
+@pytest.mark.parametrize(
+    "script, options, sentence",
+    [
+        (fixmatch_scar, "", "method was vat, now fixmatch"),
+        (vat_scar, "--data cifar10", "data was synthetic, now cifar10"),
+        (vat_scar, "--num-labeled 90", "num_labeled was 100, now 90"),
+        (vat_scar, "--seed 4", "seed was 0, now 4"),
+        (vat_scar, "--depth 16", "pretrain.pt holds no weights of this network"),
+    ],
+)
+def test_another_runs_theta_is_refused(
+    script, options, sentence, uninterrupted, few_images, tmp_path, capsys
+):
+    theta = uninterrupted(vat_scar) / "pretrain.pt"
+    argv = [*SMALL, "--pretrained", theta, "--out", tmp_path / "run", *options.split()]
+    assert sentence in refusal(capsys, script, *argv)
     assert not any(tmp_path.iterdir())
 
 
-def test_refuses_folders_files_and_settings_of_other_runs(few_images, tmp_path, capsys):
-    mine = tmp_path / "mine"
-    run(fixmatch_scar, mine)
-    assert "holds no run" in refusal(capsys, fixmatch_scar, *SMALL, "--out", tmp_path)
+def test_theta_may_be_fine_tuned_with_other_epochs_and_lr(uninterrupted, few_images, tmp_path):
+    theta = uninterrupted(vat_scar) / "pretrain.pt"
+    run(vat_scar, tmp_path / "run", "--pretrained", theta, "--epochs", 1, "--lr", 0.01)
+    assert len(read_rows(tmp_path / "run" / "metrics.csv")) == 1
+
+
+def test_a_folder_that_holds_no_run_is_refused(few_images, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    sentence = refusal(capsys, vat_scar, *SMALL, "--out", tmp_path)
+    assert sentence == f"{tmp_path} is not empty and holds no run; choose another --out"
+
+
+def test_a_folder_with_hidden_files_is_taken(few_images, tmp_path):
+    (tmp_path / ".DS_Store").write_text("")
+    assert run(vat_scar, tmp_path, "--epochs", 1)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(few_images, tmp_path, capsys):
     (tmp_path / "a file").write_text("")
-    assert "cannot write to" in refusal(capsys, fixmatch_scar, *SMALL, "--out", tmp_path / "a file")
-    before = {path: path.read_bytes() for path in mine.iterdir()}
-    sentence = refusal(capsys, fixmatch_scar, *SMALL, "--lr", 0.1, "--seed", 5, "--out", mine)
-    assert "lr was 0.03, now 0.1" in sentence and "seed was 0, now 5" in sentence
-    assert before == {path: path.read_bytes() for path in mine.iterdir()}
-    new = [*SMALL, "--out", tmp_path / "new", "--pretrained", mine / "pretrain.pt"]
-    assert "method was fixmatch, now vat" in refusal(capsys, vat_scar, *new)
-    assert "seed was 0, now 5" in refusal(capsys, fixmatch_scar, *new, "--seed", 5)
-    assert "no weights of this network" in refusal(capsys, fixmatch_scar, *new, "--depth", 16)
-    same = [*SMALL, "--pretrained", mine / "pretrain.pt", "--out", mine]
-    assert "pretrained was None" in refusal(capsys, fixmatch_scar, *same)
-    assert not (tmp_path / "new").exists()
+    sentence = refusal(capsys, vat_scar, *SMALL, "--out", tmp_path / "a file")
+    assert sentence.startswith(f"cannot write to {tmp_path / 'a file'}")
 
 
-def test_auto_and_omitted_options_are_settled_before_settings_are_compared(few_images, tmp_path):
-    """What is given by its name is the same run; a finished one is printed, not trained."""
-    argv = [word for word in SMALL if word not in ("--precision", "fp32", "--no-compile")]
-    argv += ["--out", str(tmp_path / "run"), "--device", "cpu"]
-    result = vat_scar.main(argv)
-    assert (result["args"]["precision"], result["args"]["compile"]) == ("fp32", False)
-    assert vat_scar.main([*argv, "--precision", "fp32", "--compile"]) == result
-    args = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert (args["precision"], args["device"]) == ("fp32", "cpu")
+@pytest.fixture
+def unfinished(uninterrupted, tmp_path):
+    """A VAT run that lacks its last file, so that it goes on from its checkpoint."""
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted(vat_scar), out)
+    (out / "result.json").unlink()
+    return out
 
 
-def test_damaged_files_are_named_and_left_alone(few_images, tmp_path, capsys):
-    out, argv = tmp_path / "run", [*SMALL, "--out", tmp_path / "run"]
-    run(vat_scar, out)
-    (out / "result.json").unlink()  # so it is not finished
-    torch.save(SimpleNamespace(), tmp_path / "code")  # pickled, it could run anything
-    new = [*SMALL, "--out", tmp_path / "new", "--pretrained", out / "pretrain.pt"]
-    for name, command in (("checkpoint.pt", argv), ("pretrain.pt", new), ("args.json", argv)):
-        path = out / name
-        whole = path.read_bytes()
-        for fault in (whole[: len(whole) // 2], b"", (tmp_path / "code").read_bytes()):
-            path.write_bytes(fault)
-            sentence = refusal(capsys, vat_scar, *command)
-            assert f"cannot read {path}" in sentence and "weights_only" not in sentence
-            assert path.read_bytes() == fault
-        path.write_bytes(whole)
-    state = torch.load(out / "checkpoint.pt")
-    for earlier in ({"rows": [], "learner": []}, {**state, "labels": state["labels"][:7]}):
-        torch.save(earlier, out / "checkpoint.pt")
-        assert "from another version" in refusal(capsys, vat_scar, *argv)
-    torch.save(state, out / "checkpoint.pt")
-    assert run(vat_scar, out)["final_accuracy"] >= 0
+@pytest.mark.parametrize("fault", ["cut off", "empty", "pickled code"])
+@pytest.mark.parametrize("name", ["checkpoint.pt", "pretrain.pt", "args.json"])
+def test_a_damaged_file_is_named_and_left_alone(
+    name, fault, unfinished, few_images, tmp_path, capsys
+):
+    path = unfinished / name
+    whole = path.read_bytes()
+    torch.save(SimpleNamespace(), tmp_path / "code")  # unpickled, it could run anything
+    damaged = {
+        "cut off": whole[: len(whole) // 2],
+        "empty": b"",
+        "pickled code": (tmp_path / "code").read_bytes(),
+    }
+    path.write_bytes(damaged[fault])
+    argv = [*SMALL, "--eps", 8, "--out", unfinished]
+    if name == "pretrain.pt":
+        argv = [*SMALL, "--pretrained", path, "--out", tmp_path / "new"]
+    sentence = refusal(capsys, vat_scar, *argv)
+    assert f"cannot read {path}" in sentence and "weights_only" not in sentence
+    assert path.read_bytes() == damaged[fault]
+
+
+@pytest.mark.parametrize("fault", ["of another version", "of other images"])
+def test_a_checkpoint_that_does_not_fit_is_refused(fault, unfinished, few_images, capsys):
+    checkpoint = torch.load(unfinished / "checkpoint.pt")
+    checkpoint["labels"] = checkpoint["labels"][:7]
+    if fault == "of another version":
+        checkpoint = {"rows": [], "learner": []}
+    torch.save(checkpoint, unfinished / "checkpoint.pt")
+    sentence = refusal(capsys, vat_scar, *SMALL, "--eps", 8, "--out", unfinished)
+    assert sentence.startswith(f"{unfinished}/checkpoint.pt does not fit")
+
+
+def test_the_scripts_copy_is_of_the_beginning(unfinished, few_images):
+    (unfinished / "vat_scar.py").write_text("as it was")
+    run(vat_scar, unfinished, "--eps", 8)
+    assert (unfinished / "vat_scar.py").read_text() == "as it was"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(few_images, tmp_path, capsys):
@@ -940,17 +2899,24 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(few_images, tmp_
     assert "pretrain 1: loss not finite" in refusal(capsys, vat_scar, *argv)
 
 
-def test_errors_in_training_keep_their_traceback(few_images, tmp_path, monkeypatch):
+def test_an_epoch_whose_loss_is_not_finite_leaves_no_checkpoint(few_images, tmp_path, capsys):
+    refusal(capsys, vat_scar, *SMALL, "--lr", 1e30, "--out", tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), OSError("No space left on device")]
+)
+def test_errors_in_training_keep_their_traceback(error, few_images, tmp_path, monkeypatch):
     def fail(*args):
         raise error
 
     monkeypatch.setattr(vat_scar, "batch_loss", fail)
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), OSError("No space left on device")):
-        with pytest.raises(type(error), match=str(error)):
-            run(vat_scar, tmp_path / "run")
+    with pytest.raises(type(error), match=str(error)):
+        run(vat_scar, tmp_path / "run")
 
 
-def test_compile_reaches_the_loss_and_its_errors_come_whole(few_images, tmp_path, monkeypatch):
+def test_errors_of_compilation_come_whole(few_images, tmp_path, monkeypatch):
     def fail(graph, inputs):
         raise RuntimeError("no pattern matches")
 
@@ -959,41 +2925,7 @@ def test_compile_reaches_the_loss_and_its_errors_come_whole(few_images, tmp_path
         run(mixmatch_scar, tmp_path / "run", "--compile")
 
 
-def test_the_scripts_copy_is_of_the_beginning(few_images, tmp_path):
-    run(vat_scar, tmp_path / "run")
-    (tmp_path / "run" / "vat_scar.py").write_text("as it was")
-    (tmp_path / "run" / "result.json").unlink()
-    run(vat_scar, tmp_path / "run")
-    assert (tmp_path / "run" / "vat_scar.py").read_text() == "as it was"
-
-
-def test_a_run_switches_tf32_off(few_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    run(vat_scar, tmp_path / "run", "--epochs", 1)
-    assert not torch.backends.cudnn.allow_tf32
-
-
-def test_a_second_run_on_the_folder_changes_nothing(few_images, tmp_path, monkeypatch):
-    """It starts in the first one's second epoch, goes on from its checkpoint and ends before it."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    results, evaluate = [], vat_scar.evaluate
-
-    def second_starts(*inputs):
-        if (two / "metrics.csv").exists() and not results:
-            monkeypatch.setattr(vat_scar, "evaluate", evaluate)
-            results.append(run(vat_scar, two))
-        return evaluate(*inputs)
-
-    run(vat_scar, one)
-    monkeypatch.setattr(vat_scar, "evaluate", second_starts)
-    results.append(run(vat_scar, two))
-    assert [len(result["table2"]) for result in results] == [2, 2]
-    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
-    assert (two / "selection.csv").read_text() == (one / "selection.csv").read_text()
-    for name in ("pretrain.pt", "model.pt"):
-        close(torch.load(two / name), torch.load(one / name), rtol=0, atol=0)
-    losses = [[row["loss"] for row in read_rows(out / "metrics.csv")] for out in (one, two)]
-    assert losses[0] == losses[1] and len(losses[0]) == 4
+# ----------------------------------------------------------------------------- images from a folder
 
 
 def write_photos(root, classes=("ant", "bee")):
@@ -1012,192 +2944,688 @@ def write_photos(root, classes=("ant", "bee")):
 
 def folder_options(root):
     """SMALL's with the images below root; all labels that there are."""
-    return [*SMALL[4:], "--data", "folder", "--data-dir", str(root)]
-
-
-def test_a_stopped_run_goes_on_and_learns(tmp_path):
-    """SIGTERM in pretraining, SIGKILL in fine-tuning; it ends with the uninterrupted weights."""
-    options = [*folder_options(write_photos(tmp_path / "photos")), "--steps-per-epoch", "20"]
-    command = [sys.executable, HERE / "vat_scar.py", *options, "--out", tmp_path / "stopped"]
-    for phase, number in (("pretrain", signal.SIGTERM), ("finetune", signal.SIGKILL)):
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        while not child.stdout.readline().startswith(phase):
-            assert child.poll() is None
-        child.send_signal(number)
-        child.communicate()
-        assert child.returncode == -number
-    outs = tmp_path / "whole", tmp_path / "stopped"
-    results = [vat_scar.main([*options, "--out", str(out)]) for out in outs]
-    assert results[0]["final_accuracy"] == results[1]["final_accuracy"] > 90
-    for name in ("pretrain.pt", "model.pt"):
-        weights = [load_model(out / name, 2).state_dict() for out in outs]
-        close(*weights, rtol=0, atol=0)
-    losses = [[row["loss"] for row in read_rows(out / "metrics.csv")] for out in outs]
-    assert losses[0] == losses[1] and len(losses[0]) == 4
-    assert vat_scar.main([*options, "--out", str(outs[0])]) == results[0]  # finished: printed alone
-
-
-def test_two_processes_are_one_run(tmp_path):
-    """torchrun with two processes on the CPU: the files and the tables of one run."""
-    root, out = write_photos(tmp_path / "photos"), tmp_path / "two"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(20000 + os.getpid() % 20000), HERE / "mixmatch_scar.py"]
-    command += [*folder_options(root), "--device", "cpu", "--out", out]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("Table 1") == 1, done.stderr
-    result = json.loads((out / "result.json").read_text())
-    assert result["ranks"] == 2 and len(read_rows(out / "metrics.csv")) == 4
-    x, y, *_ = load_images("folder", root)
-    keep, _ = mixmatch_scar.select_clean(load_model(out / "pretrain.pt", 2), x[y < 0], 1 / 255)
-    assert abs(result["selection"]["added"] - int(keep.sum())) <= 1  # threads may round otherwise
-
-
-def test_average_over_processes(monkeypatch):
-    """The mean of what this process has and, in its stead, what the exchange adds."""
-    ours, theirs = [torch.ones(2, 3), torch.zeros(4), torch.tensor(1.0)], torch.arange(11.0)
-    monkeypatch.setattr(vat_scar, "WORLD_SIZE", 2)
-    monkeypatch.setattr(vat_scar.dist, "all_reduce", lambda flat: flat.add_(theirs))
-    vat_scar.average_over_processes(ours)
-    close(ours, [(1 + theirs[:6].view(2, 3)) / 2, theirs[6:10] / 2, torch.tensor(5.5)])
-
-
-def test_processes_that_do_not_divide_the_batch_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(vat_scar, "WORLD_SIZE", 3)
-    argv = [*SMALL, "--out", tmp_path / "run"]
-    assert "--batch-size 4 does not divide among 3" in refusal(capsys, vat_scar, *argv)
+    return [*SMALL[6:], "--image-size", "24", "--data", "folder", "--data-dir", str(root)]
 
 
 @each_script
-def test_two_processes_share_each_batch(script, few_images, tmp_path, monkeypatch):
-    """Disjoint halves, augmented each in its own way; process 0's labels are everybody's."""
-    for name in ("init_process_group", "all_reduce"):
-        monkeypatch.setattr(script.dist, name, lambda *args: None)
-    monkeypatch.setattr(script, "average_over_processes", lambda tensors: None)
-    monkeypatch.setattr(sys, "stdout", sys.stdout)
-    seen, broadcasts, batch_loss = [], [], script.batch_loss
-    monkeypatch.setattr(script.dist, "broadcast", lambda *args: broadcasts.append(args))
-
-    def watching(*inputs):
-        seen.append((inputs[1].flatten(1).tolist(), inputs[3].flatten(1).tolist(), inputs[2]))
-        seen.append(torch.get_rng_state().tolist())
-        return batch_loss(*inputs)
-
-    monkeypatch.setattr(script, "batch_loss", watching)
-    for world_size, rank in ((1, 0), (2, 0), (2, 1)):
-        monkeypatch.setattr(script, "WORLD_SIZE", world_size)
-        monkeypatch.setattr(script, "RANK", rank)
-        run(script, tmp_path / f"{world_size}{rank}", "--epochs", 1, "--select", "none")
-    whole, first, second = seen[:12], seen[12:24], seen[24:]
-    for i in range(0, 12, 2):
-        for part in range(2):
-            assert len(first[i][part]) == len(second[i][part]) == len(whole[i][part]) / 2
-            assert sorted(first[i][part] + second[i][part]) == sorted(whole[i][part])
-        assert first[i + 1] != second[i + 1]
-    assert [source for _, source in broadcasts] == [0, 0]
-    labeled, _ = split_labeled(few_images[1], 100, 0)
-    assert all(torch.equal((labels >= 0).nonzero()[:, 0], labeled) for labels, _ in broadcasts)
-    assert not (tmp_path / "21").exists() or not any((tmp_path / "21").iterdir())
+def test_a_run_learns(script, tmp_path):
+    """Red from green images, from 12 labels."""
+    root = write_photos(tmp_path / "photos")
+    options = "--steps-per-epoch 25 --lr 0.01".split()
+    result = script.main([*folder_options(root), *options, "--out", str(tmp_path / "run")])
+    assert result["pretrain_accuracy"] == result["final_accuracy"] == 100
 
 
-def test_rank_without_world_size_counts_for_nothing():
-    command = [sys.executable, "-c", "import vat_scar; print(vat_scar.RANK, vat_scar.WORLD_SIZE)"]
-    environment = {**os.environ, "RANK": "3"}
-    assert subprocess.check_output(command, env=environment, cwd=HERE) == b"0 1\n"
-
-
-def test_run_on_a_folder_with_unlabeled_images(tmp_path, capsys):
-    root, out = write_photos(tmp_path / "bild er", ("Käfer, rot", "bee")), tmp_path / "run"
+@pytest.fixture(scope="module")
+def folder_run(tmp_path_factory):
+    """A VAT run on a folder with unlabeled/, of classes and folders with odd names."""
+    root = write_photos(tmp_path_factory.mktemp("folder") / "bild er", ("Käfer, rot", "bee"))
     (root / "train" / "bee" / "notes.txt").write_text("notes")
-    result = vat_scar.main([*folder_options(root), "--image-size", "30", "--out", str(out)])
-    printed = capsys.readouterr().out
-    assert "2 classes; 12 labeled, 10 unlabeled and 6 test images\n" in printed
-    assert "1 files left out: train/bee/notes.txt\n" in printed
-    counts, classes = result["selection"], json.loads((out / "args.json").read_text())["classes"]
-    assert classes == ["Käfer, rot", "bee"]
-    rows, (x, y, *_) = read_rows(out / "selection.csv"), load_images("folder", root, 30)
-    x = x[y == -1]
-    assert all((root / row["file"]).is_file() for row in rows) and len(rows) == 10
-    for name, column in (("pretrain.pt", ""), ("model.pt", "final_")):
-        prob = vat_scar.predict(load_model(out / name, 2), x).softmax(dim=1)
-        confidences = [float(row[f"{column}confidence"]) for row in rows]
-        assert confidences == pytest.approx(prob.amax(1).tolist(), abs=1e-5)
-        assert [row[f"{column}label"] for row in rows] == [classes[i] for i in prob.argmax(1)]
-    keep, _ = vat_scar.select_clean(load_model(out / "pretrain.pt", 2), x, 6 / 255)
-    assert [row["kept"] for row in rows] == [str(int(kept)) for kept in keep]
+    out = root.parent / "run"
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        result = vat_scar.main([*folder_options(root), "--image-size", "30", "--out", str(out)])
+    x, y, *_ = load_images("folder", root, 30)
+    return SimpleNamespace(
+        root=root, out=out, printed=printed.getvalue(), result=result, x=x[y == -1],
+        rows=read_rows(out / "selection.csv"),
+    )  # fmt: skip
+
+
+def test_all_labels_of_a_folder_with_unlabeled_images_are_used(folder_run):
+    assert "2 classes; 12 labeled, 10 unlabeled and 6 test images\n" in folder_run.printed
+
+
+def test_files_that_are_left_out_are_named(folder_run):
+    assert "1 files left out: train/bee/notes.txt\n" in folder_run.printed
+
+
+def test_class_names_are_those_of_the_folders(folder_run):
+    args = json.loads((folder_run.out / "args.json").read_text())
+    assert args["classes"] == ["Käfer, rot", "bee"]
+
+
+def test_selection_csv_names_the_unlabeled_files(folder_run):
+    files = sorted(row["file"] for row in folder_run.rows)
+    assert files == [f"unlabeled/deep er/{i} {n}.png" for i in range(2) for n in range(5)]
+
+
+def test_selection_csv_names_each_file_beside_its_own_label(folder_run):
+    """Each image read once more, alone."""
+    model = load_model(folder_run.out / "model.pt", 2)
+    for row in folder_run.rows:
+        image = common._read_image(folder_run.root / row["file"], 30)
+        logits = vat_scar.predict(model, torch.tensor(image).permute(2, 0, 1)[None])
+        confidence, label = logits.softmax(dim=1)[0].max(dim=0)
+        assert row["final_label"] == ["Käfer, rot", "bee"][label]
+        assert float(row["final_confidence"]) == pytest.approx(confidence.item(), abs=1e-5)
+
+
+def test_images_without_a_label_are_added_and_not_counted_as_right(folder_run):
+    theta = load_model(folder_run.out / "pretrain.pt", 2)
+    keep, _ = vat_scar.select_clean(theta, folder_run.x, 6 / 255)
+    counts = folder_run.result["selection"]
     assert counts["added"] == int(keep.sum()) and counts["kept"] == counts["rejected"] == 0
 
 
-def test_folder_reads_every_kind_and_says_what_it_leaves_out(tmp_path):
-    root = write_photos(tmp_path)
-    ants, bees = root / "train" / "ant", root / "train" / "bee"
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    kinds = {"z.gif": "P", "z.bmp": "RGB", "z.png": "RGBA", "z.tiff": "CMYK", "z.webp": "L"}
-    for name, kind in kinds.items():
-        image.convert(kind).save(bees / name, lossless=True)
+def test_a_folder_without_unlabeled_images_has_4000_labels_unless_told(tmp_path, capsys):
+    root = write_photos(tmp_path / "photos")
+    shutil.rmtree(root / "unlabeled")
+    sentence = refusal(capsys, vat_scar, *folder_options(root), "--out", tmp_path / "run")
+    assert sentence.startswith("--num-labeled 4000 leaves no unlabeled image: 11 at most")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return write_photos(tmp_path / "photos")
+
+
+def test_a_folders_labels_are_its_classes_in_order(photos):
+    x, y, x_test, y_test = load_images("folder", photos, 24)
+    assert y.tolist() == 6 * [0] + 6 * [1] + 10 * [-1] and y_test.tolist() == 3 * [0] + 3 * [1]
+    assert x.shape == (22, 3, 24, 24) and x_test.shape == (6, 3, 24, 24)
+    assert x.dtype == x_test.dtype == torch.uint8 and y.dtype == y_test.dtype == torch.int64
+    for images, labels in ((x, y), (x_test, y_test)):
+        colour = images.float().mean((2, 3)).argmax(1)  # red ants, green bees
+        assert torch.equal(colour[labels >= 0], labels[labels >= 0])
+
+
+def test_a_folders_images_are_resized_as_pillow_does(photos):
+    x, *_ = load_images("folder", photos, 24)
+    _, files, _ = common.image_names("folder", photos)
+    assert len(files) == len(x)
+    for name, ours in zip(files, x):
+        with Image.open(photos / name) as image:
+            expected = np.asarray(image.resize((24, 24)))
+        assert (ours.permute(1, 2, 0).numpy() == expected).all(), name
+
+
+@pytest.mark.parametrize(
+    "name, mode",
+    [("a.gif", "P"), ("a.bmp", "RGB"), ("a.PNG", "RGBA"), ("a.tiff", "CMYK"), ("a.webp", "L")],
+)
+def test_a_folder_is_read_whatever_its_files_kinds(name, mode, photos):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    image.save(photos / "train" / "bee" / name, lossless=True)
+    x, *_ = load_images("folder", photos)
+    _, files, _ = common.image_names("folder", photos)
+    ours = x[files.index(f"train/bee/{name}")].permute(1, 2, 0).numpy()
+    assert np.abs(ours - np.asarray(image.convert("RGB"), int)).max() <= 2
+
+
+def test_an_image_is_turned_as_its_exif_orientation_says(photos):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 3  # turned by 180 degrees
-    image.rotate(180).save(bees / "z turned.png", exif=exif)
+    exif[0x0112] = 3  # by 180 degrees
+    Image.fromarray(pixels).rotate(180).save(photos / "train" / "ant" / "turned.png", exif=exif)
+    x, *_ = load_images("folder", photos)
+    _, files, _ = common.image_names("folder", photos)
+    ours = x[files.index("train/ant/turned.png")].permute(1, 2, 0).numpy()
+    assert (ours == pixels).all()
+
+
+@pytest.fixture
+def odd_photos(photos):
+    """With what is no image, a second way to one, hidden files and a loop."""
+    ants = photos / "train" / "ant"
     (ants / "notes.txt").write_text("notes")
-    (root / "train" / ".hidden").mkdir()
-    image.save(root / "train" / ".hidden" / "0.png")
-    (ants / "loop").symlink_to(root / "train")
     (ants / "twice.png").symlink_to(ants / "0 0.png")
-    classes, files, left_out = common.image_names("folder", root)
-    assert set(left_out) == {f"train/ant/{name}" for name in ("loop", "notes.txt", "twice.png")}
-    x, y, *_ = load_images("folder", root)
-    assert y.tolist() == 6 * [0] + 12 * [1] + 10 * [-1] and len(files) == len(x)
-    for name, kind in {**kinds, "z turned.png": "RGB"}.items():
-        expected = np.asarray(image.convert(kind).convert("RGB")).transpose(2, 0, 1)
-        assert np.abs(x[files.index(f"train/bee/{name}")].numpy() - expected.astype(int)).max() <= 2
-    with pytest.raises(ValueError, match="ant has 6 images.*--num-labeled"):
-        split_labeled(y, 16, 0, classes)
-    labeled, unlabeled = split_labeled(y, 18, 0)
-    assert y[labeled].min() >= 0 and (y[unlabeled] == -1).sum() == 10
-    (root / "test" / "bee").rename(root / "test" / "wasp")
-    with pytest.raises(ValueError, match="only one has bee, wasp"):
-        load_images("folder", root)
+    (ants / "loop").symlink_to(photos / "train")
+    (ants / "paper.pdf").write_text("Pillow writes these, and cannot read them")
+    (photos / "train" / "readme").write_text("notes")
+    (photos / "train" / ".hidden").mkdir()
+    shutil.copy(ants / "0 0.png", photos / "train" / ".hidden" / "0.png")
+    (ants / ".hidden").mkdir()
+    shutil.copy(ants / "0 0.png", ants / ".hidden" / "0.png")
+    return photos
 
 
-def test_images_that_are_damaged_or_deep_are_refused(tmp_path):
+def test_what_is_left_out_of_a_folder_is_told(odd_photos):
+    """But not hidden files."""
+    _, _, left_out = common.image_names("folder", odd_photos)
+    in_ant = [f"train/ant/{name}" for name in ("loop", "notes.txt", "paper.pdf", "twice.png")]
+    assert sorted(left_out) == [*in_ant, "train/readme"]
+
+
+def test_each_image_of_a_folder_is_read_once(odd_photos):
+    classes, files, _ = common.image_names("folder", odd_photos)
+    assert classes == ["ant", "bee"] and len(files) == len(set(files)) == 22
+    _, y, *_ = load_images("folder", odd_photos)
+    assert y.tolist() == 6 * [0] + 6 * [1] + 10 * [-1]
+
+
+def take_out(root, *parts):
+    for part in parts:
+        shutil.rmtree(root / part)
+
+
+BAD_FOLDERS = {
+    "other classes": (
+        lambda root: (root / "test" / "bee").rename(root / "test" / "wasp"),
+        "train and test must have the same classes; only one has bee, wasp",
+    ),
+    "one class": (
+        lambda root: take_out(root, "train/bee", "test/bee"),
+        "train has 1 class folders; it needs two or more",
+    ),
+    "no test": (lambda root: take_out(root, "test"), "test has 0 class folders"),
+    "empty class": (
+        lambda root: [path.unlink() for path in (root / "test" / "bee").iterdir()],
+        "test/bee has no image: put some there, or take the folder out",
+    ),
+    "empty unlabeled": (
+        lambda root: take_out(root, "unlabeled/deep er"),
+        "unlabeled has no image: put some there, or take the folder out",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_FOLDERS)
+def test_a_bad_folder_is_refused(fault, photos):
+    spoil, sentence = BAD_FOLDERS[fault]
+    spoil(photos)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        load_images("folder", photos)
+
+
+def test_unknown_data_is_refused():
+    with pytest.raises(ValueError, match="unknown data imagenet: choose cifar10, .*synthetic"):
+        load_images("imagenet", "data")
+
+
+DAMAGED = {
+    "deep grey.png": lambda path: Image.fromarray(np.full((32, 32), 15, np.uint16)).save(path),
+    "deep float.tiff": lambda path: Image.fromarray(np.ones((32, 32), np.float32)).save(path),
+    "bomb.png": lambda path: Image.new("1", (20000, 20000)).save(path),
+    "text.png": lambda path: path.write_text("hello"),
+    "cut off.png": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0 "),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_images_that_are_damaged_deep_or_huge_are_refused(name, tmp_path):
     """More than 8 bits a channel would be cut off; 20,000 x 20,000 pixels would fill the memory."""
-    Image.fromarray(np.full((32, 32), 15, np.uint16)).save(tmp_path / "deep grey.png")
-    Image.fromarray(np.ones((32, 32), np.float32)).save(tmp_path / "deep float.tiff")
-    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
-    (tmp_path / "text.png").write_text("hello")
-    whole = (tmp_path / "deep grey.png").read_bytes()
-    (tmp_path / "cut off.png").write_bytes(whole[: len(whole) // 2])
-    for path in tmp_path.iterdir():
-        with pytest.raises(ValueError, match=f"cannot read {path}") as error:
-            common._read_image(path, 32)
-        assert "deep" not in path.name or "8 bits" in str(error.value)
+    DAMAGED[name](tmp_path / name)
+    with pytest.raises(ValueError, match=f"cannot read {tmp_path / name}") as error:
+        common._read_image(tmp_path / name, 32)
+    assert name.startswith("deep") == ("more than 8 bits" in str(error.value))
 
 
-def test_benchmarks(tmp_path, monkeypatch):
-    """torchvision's CIFAR has the channels last, SVHN first, and its labels by another name."""
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
-    cifar = SimpleNamespace(data=pixels.transpose(0, 2, 3, 1), targets=[0, 1, 2, 9])
-    svhn = SimpleNamespace(data=pixels, labels=np.array([0, 1, 2, 9]))
-    for name, dataset in (("cifar10", cifar), ("svhn", svhn)):
-        words = common.BENCHMARKS[name][1:]
-        monkeypatch.setitem(common.BENCHMARKS, name, (lambda *args, **kw: dataset, *words))
-        x, y, *_ = load_images(name, tmp_path)
-        assert (x.numpy() == pixels).all() and y.tolist() == [0, 1, 2, 9]
+PIXELS = np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)
+
+
+def fake_benchmark(layout, labels_name, words):
+    """Like torchvision's classes: four images to train with, four others to test on."""
+
+    def read(root, word, download):
+        assert root == "some/data" and download
+        part = slice(0, 4) if words.index(word) == 0 else slice(4, 8)
+        labels = np.arange(8)[part]
+        return SimpleNamespace(data=PIXELS[part].transpose(layout), **{labels_name: labels})
+
+    return read
+
+
+@pytest.mark.parametrize(
+    "name, kind, layout, labels_name, words",
+    [
+        ("cifar10", "CIFAR10", (0, 2, 3, 1), "targets", [True, False]),
+        ("cifar100", "CIFAR100", (0, 2, 3, 1), "targets", [True, False]),
+        ("svhn", "SVHN", (0, 1, 2, 3), "labels", ["train", "test"]),
+        ("stl10", "STL10", (0, 1, 2, 3), "labels", ["train+unlabeled", "test"]),
+    ],
+)
+def test_benchmarks_are_read_by_torchvision(name, kind, layout, labels_name, words, monkeypatch):
+    """Training and test images, channels first, under the labels of their own."""
+    original, *rest = common.BENCHMARKS[name]
+    assert original is getattr(torchvision.datasets, kind)
+    fake = fake_benchmark(layout, labels_name, words)
+    monkeypatch.setitem(common.BENCHMARKS, name, (fake, *rest))
+    x, y, x_test, y_test = load_images(name, "some/data")
+    assert (x.numpy() == PIXELS[:4]).all() and y.tolist() == [0, 1, 2, 3]
+    assert (x_test.numpy() == PIXELS[4:]).all() and y_test.tolist() == [4, 5, 6, 7]
+    assert y.dtype == torch.int64 and x.is_contiguous()
+
+
+def test_benchmarks_names_are_torchvisions_or_digits(monkeypatch):
+    for classes in ({"classes": ["cat", "dog"]}, {}):
+        dataset = SimpleNamespace(data=PIXELS, labels=np.arange(8), **classes)
+        fake = (lambda *args, **options: dataset, "train", "test", "a file")
+        monkeypatch.setitem(common.BENCHMARKS, "svhn", fake)
+        names, files, left_out = common.image_names("svhn", "some/data")
+        assert names == classes.get("classes", list("0123456789")) and files == left_out == []
+
+
+@pytest.mark.parametrize(
+    "error, sentence",
+    [
+        (
+            OSError("no network"),
+            "cifar10 is not in .* could not be downloaded .no network.: put cifar",
+        ),
+        (RuntimeError("File not found"), "cifar10 is not in .* --data synthetic without a file"),
+        (ImportError("no scipy"), "--data cifar10: no scipy; install it"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_had_is_refused(error, sentence, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setitem(common.BENCHMARKS, "cifar10", (fail, *common.BENCHMARKS["cifar10"][1:]))
+    with pytest.raises(ValueError, match=sentence):
+        load_images("cifar10", tmp_path / "data")
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_failed_download_leaves_a_folder_as_it_was(existed, tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+
+    def fail(root, word, download):
+        folder.mkdir(exist_ok=True)
+        raise OSError("no network")
+
+    if existed:
+        folder.mkdir()
+        (folder / "mine.txt").write_text("mine")
+    monkeypatch.setitem(common.BENCHMARKS, "cifar10", (fail, *common.BENCHMARKS["cifar10"][1:]))
+    with pytest.raises(ValueError, match="could not be downloaded"):
+        load_images("cifar10", folder)
+    assert folder.exists() == (folder / "mine.txt").exists() == existed
+
+
+# --------------------------------------------------------------------------------------- the tables
+
+
+@pytest.fixture(scope="session")
+def tables():
+    """results/tables.py as a module."""
+    spec = importlib.util.spec_from_file_location("tables", HERE / "results" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SETTINGS = {
+    "num_labeled": 40,
+    "depth": 10,
+    "width": 1,
+    "epochs": 2,
+    "steps_per_epoch": 3,
+    "batch_size": 4,
+    "val": 0,
+    "image_size": 32,
+    "lr": 0.03,
+    "pretrained": None,
+}
+
+
+def counts(right, kept, wrong, rejected):
+    return {"kept": kept, "kept_correct": right, "rejected": rejected, "rejected_wrong": wrong}
+
+
+def write_run(root, name, before, after, theta=None, args=None, **changes):
+    """The result.json of a finished FixMatch run, from the pretraining of the run called theta."""
+    args = {**SETTINGS, **(args or {})}
+    if theta is not None:
+        args["pretrained"] = f"elsewhere/{theta}/pretrain.pt"
+    result = {
+        "method": "fixmatch",
+        "data": "CIFAR-10",
+        "select": "fgsm",
+        "eps": 1.0,
+        "seed": 0,
+        "pretrain_accuracy": before,
+        "final_accuracy": after,
+        "selection": counts(40, 50, 0, 0),
+        "table2": [{"eps": 1.0, **counts(9, 10, 2, 8)}],
+        "device": "a CPU",
+        "ranks": 1,
+        "seconds": 1800,
+        "versions": {"torch": "2.11"},
+        "args": args,
+        **changes,
+    }
+    (root / name).mkdir(parents=True)
+    (root / name / "result.json").write_text(json.dumps(result))
+
+
+@pytest.fixture
+def made(tables, tmp_path, capsys):
+    """Runs tables.py over tmp_path: its exit code, what it printed, the cells of the tables.
+
+    rows[first cell] is a dictionary by the table's head.
+    """
+
+    def make():
+        code = tables.main([str(tmp_path)])
+        printed = capsys.readouterr()
+        rows = {}
+        head = None
+        for line in printed.out.splitlines():
+            if not line.startswith("|"):
+                head = None
+                continue
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if head is None:
+                head = cells
+            elif cells[0] != "---":
+                rows[cells[0]] = dict(zip(head[1:], cells[1:], strict=True))
+        return SimpleNamespace(code=code, text=printed.out, errors=printed.err, rows=rows)
+
+    return make
+
+
+@pytest.fixture
+def three_seeds(tmp_path):
+    """SCAR with three seeds, of which two have a control."""
+    for seed, before, scar, control in ((0, 80, 84, 82), (1, 82, 85, 84), (2, 90, 99, None)):
+        write_run(
+            tmp_path, f"scar{seed}", before, scar, seed=seed,
+            selection=counts(40 + seed, 50, 0, 0),
+            table2=[{"eps": 1.0, **counts(6 + seed, 10, 5 - seed, 20)}],
+        )  # fmt: skip
+        if control is not None:
+            options = {"theta": f"scar{seed}", "select": "none", "seed": seed}
+            write_run(tmp_path, f"control{seed}", before, control, **options)
+    return tmp_path
+
+
+SCAR = "FixMatch + SCAR (eps 1)"
+CONTROL = "FixMatch + nothing (control)"
+PPV = "sensitivity: right among kept (PPV)"
+NPV = "specificity: wrong among rejected (NPV)"
+
+
+def test_table_1_has_mean_and_deviation_of_pretraining(three_seeds, made):
+    """80, 82, 90: mean 84, deviations -4, -2, 6, so sqrt(56 / 2) = 5.29."""
+    assert made().rows["FixMatch"]["ours"] == "84.00 ± 5.29 (n = 3)"
+
+
+def test_table_1_has_mean_and_deviation_of_scar(three_seeds, made):
+    """84, 85, 99: mean 89.33, sqrt(140.67 / 2) = 8.39."""
+    assert made().rows[SCAR]["ours"] == "89.33 ± 8.39 (n = 3)"
+
+
+def test_table_1_has_the_control(three_seeds, made):
+    """82 and 84, from 80 and 82."""
+    row = made().rows[CONTROL]
+    assert row["ours"] == "83.00 ± 1.41 (n = 2)"
+    assert row["gain over pretraining"] == "+2.00 ± 0.00 (n = 2)"
+
+
+def test_gains_over_pretraining_are_of_each_seed(three_seeds, made):
+    """4, 3, 9: mean 5.33, sqrt(20.67 / 2) = 3.21."""
+    assert made().rows[SCAR]["gain over pretraining"] == "+5.33 ± 3.21 (n = 3)"
+
+
+def test_gains_over_the_control_are_of_seeds_that_have_one(three_seeds, made):
+    """84 - 82 and 85 - 84; the third seed has none."""
+    assert made().rows[SCAR]["gain over control"] == "+1.50 ± 0.71 (n = 2)"
+
+
+def test_a_loss_against_the_control_is_negative(tmp_path, made):
+    write_run(tmp_path, "scar", 80, 81)
+    write_run(tmp_path, "control", 80, 83.5, theta="scar", select="none")
+    assert made().rows[SCAR]["gain over control"] == "-2.50 (n = 1)"
+
+
+def test_controls_are_paired_by_theta(tmp_path, made):
+    """Two pretrainings of seed 0 at different lr, each with its control."""
+    for lr, scar, control in ((0.1, 84, 82), (0.2, 94, 95)):
+        write_run(tmp_path, f"scar{lr}", 80, scar, args={"lr": lr})
+        options = {"theta": f"scar{lr}", "select": "none", "args": {"lr": lr}}
+        write_run(tmp_path, f"control{lr}", 80, control, **options)
+    rows = made().rows
+    assert rows["FixMatch, lr 0.1 + SCAR (eps 1)"]["gain over control"] == "+2.00 (n = 1)"
+    assert rows["FixMatch, lr 0.2 + SCAR (eps 1)"]["gain over control"] == "-1.00 (n = 1)"
+
+
+def test_scar_without_a_control_is_noted(three_seeds, made):
+    assert f"- {SCAR} lacks a control" in made().text
+    write_run(three_seeds, "control2", 90, 92, theta="scar2", select="none", seed=2)
+    assert "lacks a control" not in made().text
+
+
+def test_labels_added_are_the_selections(three_seeds, made):
+    """40, 41, 42 of 50: 80, 82, 84 percent."""
+    added = made().rows[SCAR]["labels added, right (%)"]
+    assert added == "82.00 ± 2.00 (n = 3), on average 41.0/50.0"
+    assert made().rows[CONTROL]["labels added, right (%)"] == ""
+
+
+def test_table_2_is_of_thetas(three_seeds, made):
+    """6, 7, 8 of 10 kept are right; 5, 4, 3 of 20 rejected are wrong."""
+    row = made().rows["FixMatch (eps 1)"]
+    assert row[PPV] == "70.00 ± 10.00 (n = 3), on average 7.0/10.0"
+    assert row[NPV] == "20.00 ± 5.00 (n = 3), on average 4.0/20.0"
+
+
+def test_one_seed_has_no_deviation(tmp_path, made):
+    write_run(tmp_path, "scar", 80, 84)
+    rows = made().rows
+    assert rows[SCAR]["ours"] == "84.00 (n = 1)"
+    assert rows[SCAR]["labels added, right (%)"] == "80.00 (40/50)"
+    assert rows["FixMatch (eps 1)"][PPV] == "90.00 (9/10)"
+    assert rows["FixMatch (eps 1)"][NPV] == "25.00 (2/8)"
+    assert rows[SCAR]["gain over control"] == "-"
+
+
+def test_a_rate_may_be_0(tmp_path, made):
+    write_run(tmp_path, "scar", 80, 84, selection=counts(0, 4, 3, 9))
+    assert made().rows[SCAR]["labels added, right (%)"] == "0.00 (0/4)"
+
+
+def test_where_nothing_was_kept_there_is_no_rate(tmp_path, made):
+    """With several seeds the rate is of those that kept something."""
+    write_run(tmp_path, "scar0", 80, 84, selection=counts(0, 0, 3, 9))
+    assert made().rows[SCAR]["labels added, right (%)"] == "none (0/0)"
+    write_run(tmp_path, "scar1", 80, 84, seed=1, selection=counts(3, 4, 3, 9))
+    added = made().rows[SCAR]["labels added, right (%)"]
+    assert added == "75.00 (n = 1), on average 1.5/2.0"
+
+
+@pytest.mark.parametrize(
+    "method, name, eps, paper",
+    [
+        ("vat", "VAT", 6, ["85.25", "86.79", "98.93 (3684/3724)", "22.86 (1435/6276)"]),
+        ("vat", "VAT", 2, ["85.25", "86.79", "95.76 (6543/6833)", "37.42 (1185/3167)"]),
+        ("mixmatch", "MixMatch", 1, ["89.99", "92.99", "98.91 (6054/6124)", "24.13 (936/3879)"]),
+        ("fixmatch", "FixMatch", 1, ["94.13", "95.17", "99.59 (6385/6411)", "15.63 (561/3589)"]),
+        ("fixmatch", "FixMatch", 2, ["94.13", "95.17", "", ""]),
+    ],
+)
+def test_the_papers_figures_stand_beside_ours(method, name, eps, paper, tmp_path, made):
+    table2 = [{"eps": float(eps), **counts(9, 10, 2, 8)}]
+    write_run(tmp_path, "scar", 80, 84, method=method, eps=float(eps), table2=table2)
+    rows = made().rows
+    row = rows[f"{name} (eps {eps})"]
+    assert [
+        rows[name]["paper"],
+        rows[f"{name} + SCAR (eps {eps})"]["paper"],
+        row["sensitivity, paper"],
+        row["specificity, paper"],
+    ] == paper
+
+
+def test_the_papers_figures_do_not_stand_beside_those_of_other_data(tmp_path, made):
+    write_run(tmp_path, "scar", 80, 84, data="CIFAR-10 (JPEG)")
+    assert "94.13" not in made().text and "paper" not in made().rows[SCAR]
+
+
+def test_controls_have_no_figure_of_the_paper(three_seeds, made):
+    assert made().rows[CONTROL]["paper"] == ""
+
+
+def test_rows_are_in_the_tables_order(tmp_path, made):
+    """Methods as in the paper; of each what was added: nothing, all, SCAR's, the most confident."""
+    for method in ("fixmatch", "vat"):
+        write_run(tmp_path, f"{method}-scar", 80, 84, method=method)
+        for select, eps in (("confidence", 1.0), ("none", 1.0), ("fgsm", 0.0)):
+            options = {"theta": f"{method}-scar", "select": select, "eps": eps, "method": method}
+            write_run(tmp_path, f"{method}-{select}", 80, 85, **options)
+    rows = [
+        "{}",
+        "{} + nothing (control)",
+        "{} + every pseudo-label (eps 0)",
+        "{} + SCAR (eps 1)",
+        "{} + the most confident (as many as eps 1 keeps)",
+    ]
+    expected = [row.format(name) for name in ("VAT", "FixMatch") for row in rows]
+    expected += ["VAT (eps 1)", "FixMatch (eps 1)"]
+    assert list(made().rows) == expected
+
+
+def test_another_setting_has_rows_of_its_own(tmp_path, made):
+    """No mean of runs that differ in what changes a result."""
+    write_run(tmp_path, "a", 80, 84)
+    write_run(tmp_path, "b", 90, 91, seed=1, args={"lr": 0.1})
+    rows = made().rows
+    assert rows["FixMatch, lr 0.03"]["ours"] == "80.00 (n = 1)"
+    assert rows["FixMatch, lr 0.1 + SCAR (eps 1)"]["ours"] == "91.00 (n = 1)"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_runs_of_several_processes_have_rows_of_their_own(processes, tmp_path, made):
+    write_run(tmp_path, "a", 80, 84)
+    write_run(tmp_path, "b", 90, 91, seed=1, ranks=processes)
+    assert ("FixMatch, ranks 2" in made().rows) == (processes == 2)
+
+
+@pytest.mark.parametrize(
+    "name", ["out", "data_dir", "device", "compile", "tensorboard", "table2_eps"]
+)
+def test_a_setting_that_changes_no_result_makes_no_row(name, tmp_path, made):
+    write_run(tmp_path, "a", 80, 84, args={name: "this"})
+    write_run(tmp_path, "b", 90, 94, seed=1, args={name: "that"})
+    assert made().rows[SCAR]["ours"] == "89.00 ± 7.07 (n = 2)"
+
+
+@pytest.mark.parametrize(
+    "setting, head",
+    [
+        ({"num_labeled": 50}, "CIFAR-10, 50 labels, WRN-10-1, 2 + 2 epochs of 3 steps, batch 4"),
+        ({"depth": 16}, "CIFAR-10, 40 labels, WRN-16-1, 2 + 2 epochs of 3 steps, batch 4"),
+        ({"width": 2}, "CIFAR-10, 40 labels, WRN-10-2, 2 + 2 epochs of 3 steps, batch 4"),
+        ({"epochs": 5}, "CIFAR-10, 40 labels, WRN-10-1, 5 + 5 epochs of 3 steps, batch 4"),
+        ({"steps_per_epoch": 7}, "CIFAR-10, 40 labels, WRN-10-1, 2 + 2 epochs of 7 steps, batch 4"),
+        ({"batch_size": 8}, "CIFAR-10, 40 labels, WRN-10-1, 2 + 2 epochs of 3 steps, batch 8"),
+        (
+            {"image_size": 48},
+            "CIFAR-10, 40 labels, WRN-10-1, 2 + 2 epochs of 3 steps, batch 4, 48 x 48 pixels",
+        ),
+        (
+            {"val": 9},
+            "CIFAR-10, 40 labels, WRN-10-1, 2 + 2 epochs of 3 steps, batch 4, "
+            "scored on 9 validation images",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_runs_of_another_kind_have_tables_of_their_own(setting, head, tmp_path, made):
+    write_run(tmp_path, "a", 80, 84)
+    write_run(tmp_path, "b", 90, 91, seed=1, args=setting)
+    text = made().text
+    usual = "CIFAR-10, 40 labels, WRN-10-1, 2 + 2 epochs of 3 steps, batch 4"
+    heads = re.findall("^## (.*)$", text, re.MULTILINE)
+    assert sorted(heads) == sorted([usual, head])
+    parts = dict(zip(heads, text.split("## ")[1:]))
+    assert "84.00 (n = 1)" in parts[usual] and "91.00 (n = 1)" in parts[head]
+    assert ("validation" in parts[head]) == ("val" in setting)
+
+
+def test_other_data_have_tables_of_their_own(tmp_path, made):
+    write_run(tmp_path, "a", 80, 84)
+    write_run(tmp_path, "b", 90, 91, seed=1, data="svhn")
+    assert len(re.findall("^## (?:CIFAR-10|svhn), ", made().text, re.MULTILINE)) == 2
+
+
+def test_a_seed_counts_once(tmp_path, made):
+    """Of two runs with one seed the first by its folder's name; a note says so."""
+    write_run(tmp_path, "a", 80, 84)
+    write_run(tmp_path, "b", 90, 94)
+    made_tables = made()
+    assert made_tables.rows[SCAR]["ours"] == "84.00 (n = 1)"
+    assert made_tables.rows["FixMatch"]["ours"] == "80.00 (n = 1)"
+    assert f"- {SCAR}: 2 runs, of which the first of each seed counts\n" in made_tables.text
+
+
+def test_a_run_whose_pretraining_is_not_there_is_left_out_by_name(three_seeds, made):
+    write_run(three_seeds, "stray", 10, 20, theta="lost", select="confidence", seed=7)
+    made_tables = made()
+    assert "- left out: stray, whose pretraining, lost, is not here\n" in made_tables.text
+    assert len(made_tables.rows) == 4
+
+
+def test_settings_and_seeds_stand_below_the_tables(three_seeds, made):
+    assert "- FixMatch: lr 0.03, ranks 1; seeds 0 1 2\n" in made().text
+
+
+def test_hours_and_machines_stand_below_the_tables(tmp_path, made):
+    write_run(tmp_path, "a", 80, 84, seconds=3600)
+    write_run(tmp_path, "b", 80, 84, seed=1, seconds=5400, device="a GPU")
+    assert made().text.endswith("- 2.5 hours on a CPU, torch 2.11; a GPU, torch 2.11\n")
+
+
+def test_tables_are_kept_as_printed(three_seeds, made):
+    assert (made().text, 0) == ((three_seeds / "tables.md").read_text(), made().code)
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[]", '{"method": "fixmatch"}'])
+def test_a_damaged_result_is_named_and_the_others_make_the_tables(damage, three_seeds, made):
+    (three_seeds / "damaged").mkdir()
+    (three_seeds / "damaged" / "result.json").write_text(damage)
+    made_tables = made()
+    assert made_tables.code == 1 and SCAR in made_tables.rows
+    assert f"error: {three_seeds}/damaged/result.json is damaged" in made_tables.errors
+
+
+def test_no_run_is_an_error(tmp_path, made):
+    made_tables = made()
+    assert made_tables.code == 1 and "there is no finished run" in made_tables.errors
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_runs_own_result_makes_the_tables(watched, tables, capsys):
+    """What main writes has all that tables.py reads."""
+    root = watched.out.parent
+    assert tables.main([str(root)]) == 0
+    (root / "tables.md").unlink()
+    name = {"vat": "VAT", "mixmatch": "MixMatch", "fixmatch": "FixMatch"}[watched.script.METHOD]
+    accuracy = f"{watched.result['final_accuracy']:.2f}"
+    assert f"| {name} + SCAR (eps 8) | {accuracy} (n = 1) |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", ["cpu", "h100"])
+def test_results_have_the_tables_of_their_files(folder, tables, tmp_path, capsys):
+    shutil.copytree(HERE / "results" / folder, tmp_path / folder)
+    assert tables.main([str(tmp_path / folder)]) == 0
+    assert capsys.readouterr().out.strip() in (HERE / "results" / "README.md").read_text()
 
 
 # --------------------------------------------------------------------------- the README, run_all.sh
 
 
-def test_readme_names_options_and_commands_that_exist(capsys):
-    readme, known = (HERE / "README.md").read_text(), {"--nproc-per-node"}
+def options_of(script, capsys):
+    """The options that --help names."""
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    return set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out))
+
+
+def test_readme_names_options_that_exist(capsys):
+    known = {"--nproc-per-node"}.union(*[options_of(script, capsys) for script in SCRIPTS])
+    assert set(re.findall(r"--[a-z][a-z0-9-]+", (HERE / "README.md").read_text())) <= known
+
+
+def test_readmes_commands_are_taken():
     scripts = {f"{script.METHOD}_scar.py": script for script in SCRIPTS}
-    for script in SCRIPTS:
-        with pytest.raises(SystemExit):
-            script.parse_args(["--help"])
-        known |= set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out))
-    assert set(re.findall(r"--[a-z][a-z0-9-]+", readme)) <= known
-    for line in re.findall(r"^python (\w+_scar\.py .*)$", readme, re.MULTILINE):
-        script, *argv = shlex.split(line)
+    commands = re.findall(
+        r"^python (\w+_scar\.py .*)$", (HERE / "README.md").read_text(), re.MULTILINE
+    )
+    assert len(commands) >= 5
+    for command in commands:
+        script, *argv = shlex.split(command)
         assert scripts[script].parse_args(argv)
 
 
@@ -1207,61 +3635,31 @@ def run_all(*options, **variables):
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-def write_result(root, select, seed, before, after, data="CIFAR-10", eps=1.0, **args):
-    """A finished FixMatch run in root, from the theta~ of its fgsm run."""
-    args = {"num_labeled": 40, "depth": 10, "width": 1, "epochs": 2, "steps_per_epoch": 3,
-            "batch_size": 4, "val": 0, "lr": 0.03, "pretrained": None, **args}  # fmt: skip
-    if select != "fgsm":
-        args["pretrained"] = f"elsewhere/fgsm-{seed}/pretrain.pt"
-    counts = {"kept": 50, "kept_correct": 40, "rejected": 50, "rejected_wrong": 30}
-    result = {"method": "fixmatch", "data": data, "select": select, "eps": eps, "seed": seed,
-              "pretrain_accuracy": before, "final_accuracy": after, "selection": counts,
-              "table2": [{"eps": eps, **counts}], "device": "a CPU", "ranks": 1, "seconds": 60,
-              "versions": {"torch": "2.11"}, "args": args}  # fmt: skip
-    folder = root / f"{select}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text(json.dumps(result))
+@pytest.mark.parametrize(
+    "variable, value", [("EPOCHS", "0"), ("SEEDS", "*"), ("METHODS", "x"), ("CONTROLS", "x")]
+)
+def test_run_all_refuses_variables(variable, value, tmp_path):
+    done = run_all(OUT=str(tmp_path / "out"), **{variable: value})
+    assert done.returncode == 2 and re.fullmatch("error: .*\n", done.stderr)
+    assert not any(tmp_path.iterdir())
 
 
-def test_tables_of_known_results(tmp_path):
-    for seed, before, scar, control in ((0, 80, 84, 82), (1, 82, 85, 84)):
-        write_result(tmp_path, "fgsm", seed, before, scar)
-        write_result(tmp_path, "none", seed, before, control)
-    write_result(tmp_path, "confidence", 7, 80, 90)  # its theta~ is not there
-    done = run_all(OUT=str(tmp_path), METHODS="")
+@pytest.mark.parametrize("option", ["--seed=3", "--epochs", "--data", "--out", "--select"])
+def test_run_all_refuses_options_that_it_sets_itself(option, tmp_path):
+    done = run_all(option, OUT=str(tmp_path / "out"))
+    assert done.returncode == 2 and "is set by run_all.sh" in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_run_all_makes_the_tables(three_seeds, tables, capsys):
+    done = run_all(OUT=str(three_seeds), METHODS="")
     assert done.returncode == 0, done.stderr
-    lines = {line.split("|")[1].strip(): line for line in done.stdout.splitlines() if "|" in line}
-    assert "81.00 ± 1.41 (n = 2)" in lines["FixMatch"] and "94.13" in lines["FixMatch"]
-    scar = lines["FixMatch + SCAR (eps 1)"]
-    assert "84.50 ± 0.71" in scar and "+3.50 ± 0.71" in scar and "+1.50 ± 0.71" in scar
-    assert "80.00" in lines["FixMatch (eps 1)"] and "60.00" in lines["FixMatch (eps 1)"]
-    assert "confidence-7" in done.stdout and "90.00" not in done.stdout
-    assert (tmp_path / "tables.md").read_text().strip() in done.stdout
-
-    write_result(tmp_path / "other", "fgsm", 0, 80, 84, data="CIFAR-10 (JPEG)")
-    write_result(tmp_path / "other", "fgsm", 1, 90, 91, data="CIFAR-10 (JPEG)", lr=0.1)
-    done = run_all(OUT=str(tmp_path / "other"), METHODS="")
-    assert "94.13" not in done.stdout and "80.00 (n = 1)" in done.stdout  # not one mean of both
+    tables.main([str(three_seeds)])
+    assert done.stdout == capsys.readouterr().out
 
 
-def test_results_have_the_tables_of_their_files(tmp_path):
-    text = (HERE / "results" / "README.md").read_text()
-    for folder in ("cpu", "h100"):
-        shutil.copytree(HERE / "results" / folder, tmp_path / folder)
-        done = run_all(OUT=str(tmp_path / folder), METHODS="")
-        assert done.returncode == 0 and done.stdout.strip() in text
-
-
-def test_run_all_refuses(tmp_path):
-    out = {"OUT": str(tmp_path / "out")}
-    for wrong in ({"EPOCHS": "0"}, {"SEEDS": "*"}, {"METHODS": "x"}):
-        done = run_all(**out, **wrong)
-        assert done.returncode == 2 and re.fullmatch("error: .*\n", done.stderr)
-    assert run_all("--seed=3", **out).returncode == 2 and not any(tmp_path.iterdir())
-
-
-def fake_python(tmp_path, body):
-    """Notes the command lines of the scripts; makes the tables as they are made."""
+def fake_python(tmp_path, body=""):
+    """Notes the command lines of the scripts; makes no tables."""
     fake = tmp_path / "python"
     fake.write_text(f'#!/bin/bash\ncase $1 in *tables.py) exit 0 ;; esac\n'
                     f'echo "$@ gpu=$CUDA_VISIBLE_DEVICES" >> {tmp_path}/log\n{body}\n')  # fmt: skip
@@ -1269,25 +3667,92 @@ def fake_python(tmp_path, body):
     return {"PYTHON": str(fake), "OUT": str(tmp_path / "out")}
 
 
-def test_run_all_runs_scar_and_controls_and_goes_on_after_a_failure(tmp_path):
-    variables = fake_python(tmp_path, "case $1 in *vat*) exit 1 ;; esac")
-    done = run_all("--width", 1, **variables, SEEDS="3", CONTROLS="none confidence eps0")
+def commands_of(tmp_path, *options, body="", **variables):
+    """The commands that run_all.sh gives, each as the script's name and what it parses."""
+    done = run_all(*options, **fake_python(tmp_path, body), **variables)
+    commands = []
+    for line in (tmp_path / "log").read_text().splitlines():
+        script, *words, gpu = line.split()
+        method = Path(script).stem.removesuffix("_scar")
+        args = SCRIPTS[NAMES.index(method)].parse_args(words)
+        commands.append(SimpleNamespace(method=method, gpu=gpu, **vars(args)))
+    return done, commands
+
+
+def test_run_all_runs_each_method_and_its_control_for_each_seed(tmp_path):
+    done, commands = commands_of(tmp_path)
+    assert done.returncode == 0
+    assert [(c.seed, c.method, c.select) for c in commands] == [
+        (seed, method, select)
+        for seed in (0, 1, 2)
+        for method in ("vat", "mixmatch", "fixmatch")
+        for select in ("fgsm", "none")
+    ]
+
+
+def test_run_all_takes_the_papers_eps(tmp_path):
+    _, commands = commands_of(tmp_path, SEEDS="0")
+    assert [c.eps for c in commands] == [6, 6, 1, 1, 1, 1]
+
+
+def test_run_all_takes_eps_from_its_options(tmp_path):
+    _, commands = commands_of(tmp_path, "--eps", 2, SEEDS="0")
+    assert [c.eps for c in commands] == 6 * [2]
+
+
+def test_run_all_hands_variables_and_options_on(tmp_path):
+    variables = {"EPOCHS": "7", "DATA": "svhn", "DATA_DIR": "some/data", "SEEDS": "3"}
+    _, commands = commands_of(tmp_path, "--width", 1, **variables)
+    assert len(commands) == 6
+    for c in commands:
+        assert (c.epochs, c.data, c.data_dir, c.seed, c.width) == (7, "svhn", "some/data", 3, 1)
+
+
+def test_run_all_names_folders_as_the_scripts_do(tmp_path):
+    _, commands = commands_of(tmp_path, SEEDS="3", METHODS="vat", DATA="svhn")
+    assert [Path(c.out).name for c in commands] == [
+        "vat__svhn__fgsm-eps6__seed3",
+        "vat__svhn__none-eps6__seed3",
+    ]
+    assert {Path(c.out).parent for c in commands} == {tmp_path / "out"}
+
+
+def test_run_alls_controls_start_from_scars_pretraining(tmp_path):
+    controls = "none confidence eps0"
+    _, commands = commands_of(tmp_path, SEEDS="3", METHODS="mixmatch", CONTROLS=controls)
+    kinds = [("fgsm", 1), ("none", 1), ("confidence", 1), ("fgsm", 0)]
+    assert [(c.select, c.eps) for c in commands] == kinds
+    assert commands[0].pretrained is None
+    for c in commands[1:]:
+        assert c.pretrained == f"{commands[0].out}/pretrain.pt"
+
+
+def test_run_all_goes_on_after_a_failure(tmp_path):
+    """Without the control of what failed."""
+    body = "case $1 in *vat*) exit 1 ;; esac"
+    done, commands = commands_of(tmp_path, body=body, SEEDS="3")
     assert done.returncode == 1 and "failed: vat, seed 3" in done.stderr
-    lines = (tmp_path / "log").read_text().splitlines()
-    assert len(lines) == 1 + 4 + 4 and "--eps 6" in lines[0]
-    for i, (select, eps) in enumerate((("fgsm", 1), ("none", 1), ("confidence", 1), ("fgsm", 0))):
-        assert f"--select {select} " in lines[1 + i] and f"--eps {eps} " in lines[1 + i]
-        assert ("out/mixmatch__cifar10__fgsm-eps1__seed3/pretrain.pt" in lines[1 + i]) == (i > 0)
+    assert [c.method for c in commands] == ["vat", *2 * ["mixmatch"], *2 * ["fixmatch"]]
+
+
+def test_run_all_spreads_over_gpus(tmp_path):
+    """One method and seed at a time on each; a control on the GPU of its pretraining."""
+    done, commands = commands_of(tmp_path, SEEDS="0", GPUS="4 7")
+    gpus = {c.method: set() for c in commands}
+    for c in commands:
+        gpus[c.method].add(c.gpu)
+    assert done.returncode == 0 and len(commands) == 6
+    assert gpus == {"vat": {"gpu=4"}, "mixmatch": {"gpu=7"}, "fixmatch": {"gpu=4"}}
 
 
 def test_run_all_stopped_ends_its_runs(tmp_path):
     pid = tmp_path / "pid"
-    environment = {**os.environ, **fake_python(tmp_path, f"echo $$ > {pid}; exec sleep 60")}
+    environment = {**os.environ, **fake_python(tmp_path, f"echo $$ > {pid}; exec sleep 600")}
     command = ["bash", str(HERE / "run_all.sh")]
     child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
     while not pid.exists() or not pid.read_text().strip():
         time.sleep(0.05)
     child.terminate()
-    assert b"goes on" in child.communicate(timeout=20)[1] and child.returncode == 1
+    assert b"goes on" in child.communicate(timeout=300)[1] and child.returncode == 1
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
