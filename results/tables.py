@@ -107,7 +107,10 @@ def method_rows(runs, label):
     """Rows for Table 1 and Table 2 of one method's runs at one choice, and notes on what lacks."""
     method = runs[0]["method"]
     paper_before, paper_after = PAPER_TABLE1[method]
-    control = {run["theta"]: run["after"] for run in runs if run["kind"] == "none"}
+    control = {}
+    for run in runs:
+        if run["kind"] == "none":
+            control.setdefault(run["theta"], run["after"])  # the first, as in its own row
     pretrained = first_of_each_seed([run for run in runs if run["theta"] == run["folder"]])
     first, second, notes = [], [], []
     if pretrained:
