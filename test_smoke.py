@@ -64,6 +64,11 @@ def test_what_the_scripts_share_is_the_same_text():
     assert [name for name, versions in texts.items() if len(versions) > 1] == []
 
 
+def image_bytes(batch):
+    """Each image as something that a set can hold."""
+    return [image.numpy().tobytes() for image in batch]
+
+
 @pytest.fixture(scope="session")
 def images():
     """The synthetic set: (x_train, y_train, x_test, y_test)."""
@@ -80,43 +85,59 @@ def test_wide_resnet_28_2_has_its_number_of_parameters():
 def test_initial_weights():
     """Convolutions N(0, 2 / (k * k * out)), the linear layer Xavier-normal, its bias 0."""
     model = WideResNet(10, 28, 2)
-    for layer, variance in ((model.blocks[-1].conv2, 2 / (9 * 128)), (model.linear, 2 / 138)):
-        assert layer.weight.std().item() == pytest.approx(math.sqrt(variance), rel=0.1)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            variance = 2 / (module.kernel_size[0] ** 2 * module.out_channels)
+        elif isinstance(module, nn.Linear):
+            variance = 2 / (module.in_features + module.out_features)
+        else:
+            continue
+        noise = 5 / math.sqrt(2 * module.weight.numel())
+        deviation = module.weight.std().item()
+        assert deviation == pytest.approx(math.sqrt(variance), rel=noise), name
+        assert abs(module.weight.mean().item()) < noise * math.sqrt(2 * variance), name
     assert not model.linear.bias.any()
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_wiring(training):
-    """WRN-16-2 against the same network straight from its description, on a state_dict."""
+@pytest.mark.parametrize("depth, width", [(10, 1), (16, 2), (28, 2)])
+def test_wiring(depth, width, training):
+    """Against the same network straight from its description, on a state_dict: logits, and the
+    running statistics (momentum 0.1)."""
     torch.manual_seed(0)
-    model = WideResNet(7, 16, 2).double()
+    model = WideResNet(7, depth, width).double()
     w = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for tensor in w.values():  # statistics and scales unlike their initial ones
         if tensor.ndim == 1:
             tensor.uniform_(0.5, 2)
     model.load_state_dict(w)
+    w = {name: tensor.clone() for name, tensor in w.items()}
 
     def bn_lrelu(x, name):
-        mean, var = w[f"{name}.running_mean"].clone(), w[f"{name}.running_var"].clone()
-        x = F.batch_norm(x, mean, var, w[f"{name}.weight"], w[f"{name}.bias"], training)
+        mean, var = w[f"{name}.running_mean"], w[f"{name}.running_var"]
+        x = F.batch_norm(x, mean, var, w[f"{name}.weight"], w[f"{name}.bias"], training, 0.1)
         return torch.where(x > 0, x, 0.1 * x)
 
     def conv(x, name, stride=1):
         weight = w[f"{name}.weight"]
         return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
 
-    images = torch.rand(5, 3, 32, 32, dtype=torch.double)
+    images = torch.rand(5, 3, 16, 16, dtype=torch.double)
     x = conv(images, "conv")
-    for i in range(6):
-        stride, block = 2 if i in (2, 4) else 1, f"blocks.{i}"
+    blocks = (depth - 4) // 6  # in each of three groups
+    for i in range(3 * blocks):
+        stride, block = 2 if i in (blocks, 2 * blocks) else 1, f"blocks.{i}"
         y = bn_lrelu(x, f"{block}.bn1")
         residual = y if i == 0 else x
-        if i in (0, 2, 4):
+        if f"{block}.shortcut.weight" in w:
             residual = conv(residual, f"{block}.shortcut", stride)
         y = bn_lrelu(conv(y, f"{block}.conv1", stride), f"{block}.bn2")
         x = residual + conv(y, f"{block}.conv2")
     logits = bn_lrelu(x, "bn").mean((2, 3)) @ w["linear.weight"].T + w["linear.bias"]
     close(model.train(training)(images), logits)
+    for name, tensor in model.state_dict().items():
+        if "running" in name:
+            close(tensor, w[name])
 
 
 @pytest.mark.parametrize("depth, width", [(4, 1), (12, 1), (10, 0)])
@@ -133,6 +154,10 @@ def test_synthetic_images_are_balanced(images, part, count):
     x, y = images[part : part + 2]
     assert x.shape == (10 * count, 3, 32, 32) and x.dtype == torch.uint8
     assert y.dtype == torch.int64 and torch.bincount(y).tolist() == [count] * 10
+
+
+def test_synthetic_test_images_are_no_training_images(images):
+    assert not set(image_bytes(images[0])) & set(image_bytes(images[2]))
 
 
 def test_synthetic_images_are_the_same_every_time(images):
@@ -163,11 +188,13 @@ def test_synthetic_shapes_fit_their_names(images, row, column, dark):
 
 @pytest.mark.parametrize("size", [20, 48])
 def test_images_of_another_size_are_resized_as_pillow_does(images, size):
-    resized, *_ = load_images("synthetic", None, size)
-    for image, ours in zip(images[0][:20], resized):
-        pillows = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size))
-        difference = ours.permute(1, 2, 0).numpy() - np.asarray(pillows, int)
-        assert np.abs(difference).max() <= 2
+    resized = load_images("synthetic", None, size)
+    for part in (0, 2):  # to train with and to test on
+        assert resized[part].shape == (len(images[part]), 3, size, size)
+        for image, ours in zip(images[part][:20], resized[part]):
+            pillows = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size, size))
+            difference = ours.permute(1, 2, 0).numpy() - np.asarray(pillows, int)
+            assert np.abs(difference).max() <= 2
 
 
 def test_split_takes_every_image_once(images):
@@ -188,7 +215,7 @@ def test_split_gives_classes_as_equal_numbers_as_it_can(images):
 
 
 def test_split_follows_from_the_seed(images):
-    splits = [split_labeled(images[1], 40, seed)[0].tolist() for seed in (0, 0, 1)]
+    splits = [split_labeled(images[1], 45, seed)[0].tolist() for seed in (0, 0, 1)]
     assert splits[0] == splits[1]
     assert len(set(splits[0]) & set(splits[2])) < 10
 
@@ -358,6 +385,14 @@ def test_weak_augment_flips_and_moves(h, w):
     assert 0.45 < np.mean(np.array(seen) < len(crops)) < 0.55
 
 
+def test_weak_augment_moves_by_an_eighth_of_a_large_side():
+    """The pixel in the middle of 96 x 100 tells from which row it comes."""
+    x = torch.arange(96, dtype=torch.uint8).view(1, 1, 96, 1).expand(2000, 3, 96, 100)
+    torch.manual_seed(0)
+    rows = vat_scar.weak_augment(x)[:, 0, 48, 50]
+    assert set(rows.tolist()) == set(range(48 - 12, 48 + 12 + 1))
+
+
 @pytest.fixture(params=[(32, 32), (50, 38)], ids=str)
 def strong(request, monkeypatch):
     """strong_augment of one image 500 times, each operation replaced by adding 1."""
@@ -398,6 +433,14 @@ def test_strong_augments_square_may_be_centred_on_every_pixel(strong):
         assert spans == {(max(0, c - half), min(side, c + half)) for c in range(side)}
 
 
+def test_strong_augments_square_is_placed_in_both_directions_alike(strong):
+    """Not along a diagonal: its row says nothing of its column."""
+    square = (strong.result == 127).all(1).float()
+    row = (square * torch.arange(strong.h)[:, None]).sum((1, 2)) / square.sum((1, 2))
+    column = (square * torch.arange(strong.w)).sum((1, 2)) / square.sum((1, 2))
+    assert abs(torch.corrcoef(torch.stack([row, column]))[0, 1]) < 0.2
+
+
 def test_strong_augment_draws_two_operations_for_each_image(strong):
     (first, _), (second, _) = strong.drawn
     assert (first == second).float().mean() < 0.2
@@ -411,6 +454,12 @@ def test_strong_augment_draws_levels_for_each_image(strong):
     for level in (first, second):
         assert 0 <= level.min() < 0.05 and 0.95 < level.max() <= 1
         assert level.mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_strong_augment_draws_levels_apart_from_operations(strong):
+    for op, level in strong.drawn:
+        for index in range(14):
+            assert level[op == index].max() - level[op == index].min() > 0.5
 
 
 def test_strong_views_of_one_image_differ():
@@ -445,9 +494,10 @@ Y = torch.tensor([3, 1, 4, 1])  # labels
 
 
 def plain_net(scale):
-    """Without batch norm, so that images stay apart; the larger scale, the more confident."""
+    """Seven classes, without batch norm, so that images stay apart; the larger scale, the more
+    confident."""
     torch.manual_seed(1)
-    conv, linear = nn.Conv2d(3, 8, 3, stride=2), nn.Linear(8 * 15 * 15, 10)
+    conv, linear = nn.Conv2d(3, 8, 3, stride=2), nn.Linear(8 * 15 * 15, 7)
     linear.weight.data *= scale
     return nn.Sequential(conv, nn.Tanh(), nn.Flatten(), linear).double()
 
@@ -481,7 +531,7 @@ def test_mixmatch_loss_sample_by_sample():
     mix, perm = 0.5 + 0.5 * torch.rand(12, dtype=torch.double), torch.randperm(12)
     sharp = [((prob_of(model, a) + prob_of(model, b)) / 2) ** 2.5 for a, b in zip(x_u, x_v)]
     guesses = [(power / power.sum()).detach() for power in sharp]
-    target = [*F.one_hot(Y, 10).double(), *guesses, *guesses]
+    target = [*F.one_hot(Y, 7).double(), *guesses, *guesses]
     labeled = unlabeled = 0
     for i, j in enumerate(perm):
         prob = prob_of(model, mix[i] * x[i] + (1 - mix[i]) * x[j])
@@ -557,15 +607,15 @@ def test_draw_mix(alpha):
 
 def test_vat_loss_sample_by_sample():
     model = plain_net(1)
-    x_l, x_u, d0 = torch.rand(3, 4, 3, 32, 32, dtype=torch.double)
-    labeled = divergence = entropy = 0
-    for x, y, image, start in zip(x_l, Y, x_u, d0 - 0.5):
-        labeled -= prob_of(model, x)[y].log() / 4
+    x_l, x_u, d0 = torch.rand(14, 3, 32, 32, dtype=torch.double).split([4, 5, 5])
+    labeled = sum(-prob_of(model, x)[y].log() / 4 for x, y in zip(x_l, Y))
+    divergence = entropy = 0
+    for image, start in zip(x_u, d0 - 0.5):
         prob = prob_of(model, image)
-        entropy -= (prob * prob.log()).sum() / 4
+        entropy -= (prob * prob.log()).sum() / 5
         r = (0.5 * start / start.norm()).requires_grad_()
         (gradient,) = torch.autograd.grad(kl_to(model, prob.detach(), image + r), r)
-        divergence += kl_to(model, prob.detach(), image + 2 * gradient / gradient.norm()) / 4
+        divergence += kl_to(model, prob.detach(), image + 2 * gradient / gradient.norm()) / 5
     result = vat_loss(model, x_l, Y, x_u, 0.5, 2.0, 1, 0.6, 0.2, d0=100 * (d0 - 0.5))
     parts = {"loss_labeled": labeled, "loss_unlabeled": divergence, "entropy": entropy}
     check_loss(model, result, labeled + 0.6 * divergence + 0.2 * entropy, parts)
@@ -597,13 +647,33 @@ def test_vat_direction_starts_at_random_for_each_image():
     close(both.norm(dim=1), torch.ones(40))
 
 
-def test_vat_direction_stands_where_the_gradient_vanishes():
-    """As for a model that gives every image the same logits."""
+def test_vat_direction_keeps_its_start_for_an_image_whose_gradient_vanishes():
+    """The first image is too dark for this model's only layer; the others are not."""
+    torch.manual_seed(0)
     x, d0 = torch.rand(2, 4, 3, 8, 8)
+    x[0] = -1
+    model = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(192, 5))
+    direction = vat_direction(model, x, model(x).softmax(1).detach(), 0.1, 1, d0)
+    start = F.normalize(d0, dim=(1, 2, 3))
+    close(direction[0], start[0])
+    for i in range(1, 4):
+        assert (direction[i] - start[i]).norm() > 0.1
+
+
+def test_vat_direction_has_length_1_where_the_model_is_very_sure():
+    """The gradient is about 1e-24 there, its squares below what float32 holds."""
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, 8, 8)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
-    nn.init.zeros_(model[1].weight)
-    direction = vat_direction(model, x, model(x).softmax(1).detach(), 1.0, 1, d0)
-    close(direction, F.normalize(d0, dim=(1, 2, 3)))
+    with torch.no_grad():
+        model[1].bias[0] += 50
+    once, exact = [
+        vat_direction(model.to(dtype), x.to(dtype), model(x.to(dtype)).softmax(1).detach(), 0.1, 1,
+                      (x - 0.5).to(dtype))
+        for dtype in (torch.float32, torch.float64)
+    ]  # fmt: skip
+    close(once.flatten(1).norm(dim=1), torch.ones(4))
+    close(once.double(), exact, rtol=0, atol=1e-3)
 
 
 def test_fixmatch_loss_sample_by_sample():
@@ -815,6 +885,19 @@ def test_select_clean_keeps_what_withstands_the_attack(grey_images, scale):
     assert keep.tolist() == 85 * [True, True, False, False, False, True]
 
 
+def test_select_clean_is_algorithm_1_with_ten_classes(few):
+    """Each image alone: its label, the attack away from that, the label again."""
+    torch.manual_seed(5)
+    model, x = WideResNet(10, 10, 1).eval(), few[0][:60]
+    keep, pseudo = vat_scar.select_clean(model, x, 2 / 255)
+    assert 5 < keep.sum() < 55
+    for i, image in enumerate((x.float() / 255).split(1)):
+        label = model(image).argmax(dim=1)
+        attacked = fgsm(model, image, label, 2 / 255)
+        assert pseudo[i] == label
+        assert keep[i] == (model(attacked).argmax(dim=1) == label)
+
+
 def test_select_clean_with_eps_0_keeps_all(grey_images):
     assert vat_scar.select_clean(Brightness(), grey_images, 0.0)[0].all()
 
@@ -904,26 +987,39 @@ def test_mixmatchs_lambda_u_goes_on_rising_in_fine_tuning():
     assert mixmatch_scar.schedule(4096, 8192, "finetune", args) == (0.5, 75 * 0.75)
 
 
-def optimized(script, **values):
-    """A weight matrix and a bias, both of ones, after one step with a gradient of zero."""
-    model = nn.Linear(2, 3)
-    for p in model.parameters():
-        nn.init.ones_(p)
-        p.grad = torch.zeros_like(p)
-    script.make_optimizer(model, settings(script, **values)).step()
-    return model
+def by_hand(script, weights, gradients, state, t, lr, decay):
+    """What the optimizer makes of weights (by name) at its step t, from 0; state is its memory."""
+    after = {}
+    for name, p in weights.items():
+        gradient = gradients[name]
+        own_decay = decay if p.ndim > 1 else 0.0
+        if script is fixmatch_scar:  # SGD, Nesterov momentum, L2
+            gradient = gradient + own_decay * p
+            state[name] = 0.9 * state.get(name, 0) + gradient
+            after[name] = p - lr * (gradient + 0.9 * state[name])
+        else:  # Adam, decoupled decay
+            m, v = state.get(name, (0, 0))
+            m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+            state[name] = m, v
+            m, v = m / (1 - 0.9 ** (t + 1)), v / (1 - 0.999 ** (t + 1))
+            after[name] = p * (1 - lr * own_decay) - lr * m / (v.sqrt() + 1e-8)
+    return after
 
 
 @each_script
-def test_weight_decay_acts_on_weights(script):
-    model = optimized(script, lr=0.1, weight_decay=0.5)
-    decay = 1.9 * 0.05 if script is fixmatch_scar else 0.05  # Nesterov's momentum has it twice
-    close(model.weight, torch.full((3, 2), 1 - decay))
-
-
-@each_script
-def test_weight_decay_leaves_biases_alone(script):
-    same(optimized(script, lr=0.1, weight_decay=0.5).bias, torch.ones(3))
+def test_make_optimizer_is_the_methods_by_hand(script):
+    """200 steps with gradients that get smaller; weights decay, biases do not."""
+    torch.manual_seed(0)
+    model, state = nn.Linear(3, 2), {}
+    optimizer = script.make_optimizer(model, settings(script, lr=0.01, weight_decay=0.5))
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for t in range(200):
+        gradients = {name: torch.randn_like(p) / (1 + t) for name, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            p.grad = gradients[name]
+        optimizer.step()
+        expected = by_hand(script, expected, gradients, state, t, 0.01, 0.5)
+    close(dict(model.named_parameters()), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
@@ -1376,6 +1472,7 @@ def test_defaults(script):
         ("--data svhn --eps 2.5 --seed 4", "runs/vat__svhn__fgsm-eps2.5__seed4"),
         ("--select none --eps 3", "runs/vat__cifar10__none-eps3__seed0"),
         ("--data folder --data-dir some/cats", "runs/vat__cats__fgsm-eps6__seed0"),
+        ("--data folder --data-dir .", f"runs/vat__{Path.cwd().name}__fgsm-eps6__seed0"),
         ("--out mine --seed 4", "mine"),
     ],
 )
@@ -1427,12 +1524,7 @@ REFUSED = [
     ("--table2-eps nan", "--eps and --table2-eps must be from 0 to 255: nan"),
     ("--ema-decay 1.5", "--ema-decay must be from 0 to 1: 1.5"),
     ("--image-size 8", "--image-size must be at least 16: 8"),
-    ("--lr inf", "--lr must be a finite number and not negative: inf"),
     ("--eps nan", "--eps must be a finite number and not negative: nan"),
-    ("--lambda-u -1", "--lambda-u must be a finite number and not negative: -1"),
-    ("--weight-decay -1", "--weight-decay must be a finite number and not negative: -1"),
-    ("--seed -1", "--seed must be a finite number and not negative: -1"),
-    ("--val -1", "--val must be a finite number and not negative: -1"),
     ("--num-labeled 9", "--num-labeled 9 is too few: there are 10 classes"),
     ("--num-labeled 290 --val 10", "--num-labeled 10 leaves no unlabeled image: 9 at most"),
     ("--pretrained=", "cannot read .: Is a directory"),
@@ -1456,6 +1548,22 @@ def test_refuses(script, options, sentence, few_images, tmp_path, capsys):
     argv = [*SMALL, "--out", tmp_path / "run", *options.split()]
     assert sentence in refusal(capsys, script, *argv)
     assert not any(tmp_path.iterdir())
+
+
+NUMBERS = []  # a script and an option of it that takes a number
+for script in SCRIPTS:
+    for name, value in {**DEFAULTS, **OWN_DEFAULTS[script.METHOD], "num_labeled": 4000}.items():
+        if type(value) in (int, float) and (name != "mu" or script is fixmatch_scar):
+            NUMBERS.append((script, "--" + name.replace("_", "-")))
+
+
+@pytest.mark.parametrize(
+    "script, option", NUMBERS, ids=[script.METHOD + option for script, option in NUMBERS]
+)
+def test_refuses_negative_and_infinite_numbers(script, option, capsys):
+    sentence = refusal(capsys, script, option, -1)
+    assert sentence.startswith(f"{option} must be a finite number and not negative: -1")
+    assert option in refusal(capsys, script, option, "inf")
 
 
 @pytest.mark.parametrize(
@@ -1711,25 +1819,6 @@ def test_each_step_has_its_lambda_u(watched):
         assert call.lambda_u.item() == pytest.approx(lambda_u), (phase, t)
 
 
-def by_hand(run, model, gradients, state, t, lr):
-    """What the optimizer makes of a model's weights at step t of a phase, from 0."""
-    after = {}
-    for name, p in model.named_parameters():
-        decay = 0.3 if p.ndim > 1 else 0.0
-        gradient = gradients[name]
-        if run.script is fixmatch_scar:
-            gradient = gradient + decay * p
-            state[name] = 0.9 * state.get(name, 0) + gradient
-            after[name] = p - lr * (gradient + 0.9 * state[name])
-        else:
-            m, v = state.get(name, (0, 0))
-            m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
-            state[name] = m, v
-            m, v = m / (1 - 0.9 ** (t + 1)), v / (1 - 0.999 ** (t + 1))
-            after[name] = p * (1 - lr * decay) - lr * m / (v.sqrt() + 1e-8)
-    return after
-
-
 def test_each_step_is_the_optimizers_by_hand(watched):
     """From the loss's gradient, averaged over processes: lr of the step, weight decay, momentum;
     the optimizer begins anew in each phase."""
@@ -1746,8 +1835,8 @@ def test_each_step_is_the_optimizers_by_hand(watched):
         loss.backward()
         gradients = {name: 0.5 * p.grad for name, p in model.named_parameters()}
         lr, _ = expected_rates(watched, phase, t)
-        with torch.no_grad():
-            expected = by_hand(watched, call.model, gradients, state, t, lr)
+        weights = {name: p.detach() for name, p in call.model.named_parameters()}
+        expected = by_hand(watched.script, weights, gradients, state, t, lr, 0.3)
         for name, p in update.model.named_parameters():
             where = f"{phase}, step {t}: {name}"
             close(p, expected[name], rtol=1e-3, atol=1e-4, msg=lambda text: f"{where}: {text}")
@@ -2293,6 +2382,13 @@ class Plain(nn.Module):
         return self.scale * self.linear(F.avg_pool2d(x, 4).flatten(1))
 
 
+def test_the_network_has_its_depth_and_width(few_images, tmp_path):
+    options = "--depth 16 --width 2 --epochs 1 --steps-per-epoch 1".split()
+    run(vat_scar, tmp_path / "run", *options)
+    for name in ("pretrain.pt", "model.pt"):
+        WideResNet(10, 16, 2).load_state_dict(torch.load(tmp_path / "run" / name))
+
+
 @each_script
 def test_somebodys_network_trains(script, few_images, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "WideResNet", Plain)
@@ -2423,10 +2519,6 @@ def as_process(monkeypatch, few, tmp_path):
             return watch(script, out, few, *options, average_over_processes=average)
 
     return start
-
-
-def image_bytes(batch):
-    return [image.numpy().tobytes() for image in batch]
 
 
 @each_script
@@ -3031,13 +3123,25 @@ def test_a_folders_labels_are_its_classes_in_order(photos):
 
 
 def test_a_folders_images_are_resized_as_pillow_does(photos):
-    x, *_ = load_images("folder", photos, 24)
+    """To train with, and to test on: these are sorted as their names are."""
+    x, _, x_test, _ = load_images("folder", photos, 50)
     _, files, _ = common.image_names("folder", photos)
-    assert len(files) == len(x)
-    for name, ours in zip(files, x):
-        with Image.open(photos / name) as image:
-            expected = np.asarray(image.resize((24, 24)))
-        assert (ours.permute(1, 2, 0).numpy() == expected).all(), name
+    tests = sorted((photos / "test").glob("*/*"))
+    for images, paths in ((x, [photos / name for name in files]), (x_test, tests)):
+        assert len(images) == len(paths)
+        for path, ours in zip(paths, images):
+            with Image.open(path) as image:
+                expected = np.asarray(image.resize((50, 50)))
+            assert (ours.permute(1, 2, 0).numpy() == expected).all(), path
+
+
+def test_folders_below_a_class_belong_to_it(photos):
+    ants = photos / "train" / "ant"
+    (ants / "more").mkdir()
+    (ants / "0 1.png").rename(ants / "more" / "0 1.png")
+    _, files, left_out = common.image_names("folder", photos)
+    _, y, *_ = load_images("folder", photos)
+    assert y[files.index("train/ant/more/0 1.png")] == 0 and left_out == []
 
 
 @pytest.mark.parametrize(
@@ -3054,11 +3158,17 @@ def test_a_folder_is_read_whatever_its_files_kinds(name, mode, photos):
     assert np.abs(ours - np.asarray(image.convert("RGB"), int)).max() <= 2
 
 
-def test_an_image_is_turned_as_its_exif_orientation_says(photos):
+@pytest.mark.parametrize(
+    "orientation, turned",
+    [(3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_90),
+     (8, Image.Transpose.ROTATE_270)],
+)  # fmt: skip
+def test_an_image_is_turned_as_its_exif_orientation_says(orientation, turned, photos):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 3  # by 180 degrees
-    Image.fromarray(pixels).rotate(180).save(photos / "train" / "ant" / "turned.png", exif=exif)
+    exif[0x0112] = orientation
+    path = photos / "train" / "ant" / "turned.png"
+    Image.fromarray(pixels).transpose(turned).save(path, exif=exif)
     x, *_ = load_images("folder", photos)
     _, files, _ = common.image_names("folder", photos)
     ours = x[files.index("train/ant/turned.png")].permute(1, 2, 0).numpy()
@@ -3071,6 +3181,7 @@ def odd_photos(photos):
     ants = photos / "train" / "ant"
     (ants / "notes.txt").write_text("notes")
     (ants / "twice.png").symlink_to(ants / "0 0.png")
+    (photos / "unlabeled" / "too.png").symlink_to(ants / "0 0.png")
     (ants / "loop").symlink_to(photos / "train")
     (ants / "paper.pdf").write_text("Pillow writes these, and cannot read them")
     (photos / "train" / "readme").write_text("notes")
@@ -3085,7 +3196,7 @@ def test_what_is_left_out_of_a_folder_is_told(odd_photos):
     """But not hidden files."""
     _, _, left_out = common.image_names("folder", odd_photos)
     in_ant = [f"train/ant/{name}" for name in ("loop", "notes.txt", "paper.pdf", "twice.png")]
-    assert sorted(left_out) == [*in_ant, "train/readme"]
+    assert sorted(left_out) == [*in_ant, "train/readme", "unlabeled/too.png"]
 
 
 def test_each_image_of_a_folder_is_read_once(odd_photos):
@@ -3134,12 +3245,22 @@ def test_unknown_data_is_refused():
         load_images("imagenet", "data")
 
 
+def whole_image(kind):
+    """An image file's 3,000 bytes or more."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
 DAMAGED = {
     "deep grey.png": lambda path: Image.fromarray(np.full((32, 32), 15, np.uint16)).save(path),
     "deep float.tiff": lambda path: Image.fromarray(np.ones((32, 32), np.float32)).save(path),
     "bomb.png": lambda path: Image.new("1", (20000, 20000)).save(path),
     "text.png": lambda path: path.write_text("hello"),
-    "cut off.png": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0 "),
+    "cut off.png": lambda path: path.write_bytes(whole_image("png")[:20]),
+    "half.png": lambda path: path.write_bytes(whole_image("png")[:2000]),
+    "half.jpg": lambda path: path.write_bytes(whole_image("jpeg")[:2000]),
 }
 
 
@@ -3161,7 +3282,7 @@ def fake_benchmark(layout, labels_name, words):
     def read(root, word, download):
         assert root == "some/data" and download
         part = slice(0, 4) if words.index(word) == 0 else slice(4, 8)
-        labels = np.arange(8)[part]
+        labels = np.arange(-1, 7)[part]
         return SimpleNamespace(data=PIXELS[part].transpose(layout), **{labels_name: labels})
 
     return read
@@ -3183,8 +3304,8 @@ def test_benchmarks_are_read_by_torchvision(name, kind, layout, labels_name, wor
     fake = fake_benchmark(layout, labels_name, words)
     monkeypatch.setitem(common.BENCHMARKS, name, (fake, *rest))
     x, y, x_test, y_test = load_images(name, "some/data")
-    assert (x.numpy() == PIXELS[:4]).all() and y.tolist() == [0, 1, 2, 3]
-    assert (x_test.numpy() == PIXELS[4:]).all() and y_test.tolist() == [4, 5, 6, 7]
+    assert (x.numpy() == PIXELS[:4]).all() and y.tolist() == [-1, 0, 1, 2]
+    assert (x_test.numpy() == PIXELS[4:]).all() and y_test.tolist() == [3, 4, 5, 6]
     assert y.dtype == torch.int64 and x.is_contiguous()
 
 
@@ -3322,8 +3443,8 @@ def three_seeds(tmp_path):
     for seed, before, scar, control in ((0, 80, 84, 82), (1, 82, 85, 84), (2, 90, 99, None)):
         write_run(
             tmp_path, f"scar{seed}", before, scar, seed=seed,
-            selection=counts(40 + seed, 50, 0, 0),
-            table2=[{"eps": 1.0, **counts(6 + seed, 10, 5 - seed, 20)}],
+            selection=counts([40, 41, 45][seed], 50, 0, 0),
+            table2=[{"eps": 1.0, **counts([6, 7, 9][seed], 10, [5, 4, 2][seed], 20)}],
         )  # fmt: skip
         if control is not None:
             options = {"theta": f"scar{seed}", "select": "none", "seed": seed}
@@ -3388,17 +3509,34 @@ def test_scar_without_a_control_is_noted(three_seeds, made):
 
 
 def test_labels_added_are_the_selections(three_seeds, made):
-    """40, 41, 42 of 50: 80, 82, 84 percent."""
+    """40, 41, 45 of 50: 80, 82, 90 percent, which is 84 and sqrt(56 / 2)."""
     added = made().rows[SCAR]["labels added, right (%)"]
-    assert added == "82.00 ± 2.00 (n = 3), on average 41.0/50.0"
+    assert added == "84.00 ± 5.29 (n = 3), on average 42.0/50.0"
     assert made().rows[CONTROL]["labels added, right (%)"] == ""
 
 
 def test_table_2_is_of_thetas(three_seeds, made):
-    """6, 7, 8 of 10 kept are right; 5, 4, 3 of 20 rejected are wrong."""
+    """6, 7, 9 of 10 kept are right; 5, 4, 2 of 20 rejected are wrong."""
     row = made().rows["FixMatch (eps 1)"]
-    assert row[PPV] == "70.00 ± 10.00 (n = 3), on average 7.0/10.0"
-    assert row[NPV] == "20.00 ± 5.00 (n = 3), on average 4.0/20.0"
+    assert row[PPV] == "73.33 ± 15.28 (n = 3), on average 7.3/10.0"
+    assert row[NPV] == "18.33 ± 7.64 (n = 3), on average 3.7/20.0"
+
+
+def test_table_2_has_the_rows_of_any_seed_in_order(tmp_path, made):
+    """Each of the seeds that measured it; controls measure theta~ too, and do not count."""
+    rows = {1: counts(1, 4, 1, 5), 2: counts(2, 4, 2, 5), 3: counts(3, 4, 3, 5)}
+    for seed, eps_values in ((0, [3]), (1, [1, 3])):
+        table2 = [{"eps": float(eps), **rows[eps]} for eps in eps_values]
+        write_run(tmp_path, f"scar{seed}", 80, 84, seed=seed, table2=table2)
+    options = {"theta": "scar0", "select": "none", "table2": [{"eps": 2.0, **rows[2]}]}
+    write_run(tmp_path, "control", 80, 82, **options)
+    rows = made().rows
+    assert [name for name in rows if "(eps" in name and "+" not in name] == [
+        "FixMatch (eps 1)",
+        "FixMatch (eps 3)",
+    ]
+    assert rows["FixMatch (eps 1)"][PPV] == "25.00 (1/4)"
+    assert rows["FixMatch (eps 3)"][NPV] == "60.00 ± 0.00 (n = 2), on average 3.0/5.0"
 
 
 def test_one_seed_has_no_deviation(tmp_path, made):
@@ -3428,8 +3566,11 @@ def test_where_nothing_was_kept_there_is_no_rate(tmp_path, made):
 @pytest.mark.parametrize(
     "method, name, eps, paper",
     [
-        ("vat", "VAT", 6, ["85.25", "86.79", "98.93 (3684/3724)", "22.86 (1435/6276)"]),
+        ("vat", "VAT", 1, ["85.25", "86.79", "92.22 (7587/8227)", "47.10 (835/1773)"]),
         ("vat", "VAT", 2, ["85.25", "86.79", "95.76 (6543/6833)", "37.42 (1185/3167)"]),
+        ("vat", "VAT", 3, ["85.25", "86.79", "97.48 (5494/5636)", "30.55 (1333/4364)"]),
+        ("vat", "VAT", 4, ["85.25", "86.79", "98.35 (4716/4795)", "26.81 (1396/5205)"]),
+        ("vat", "VAT", 6, ["85.25", "86.79", "98.93 (3684/3724)", "22.86 (1435/6276)"]),
         ("mixmatch", "MixMatch", 1, ["89.99", "92.99", "98.91 (6054/6124)", "24.13 (936/3879)"]),
         ("fixmatch", "FixMatch", 1, ["94.13", "95.17", "99.59 (6385/6411)", "15.63 (561/3589)"]),
         ("fixmatch", "FixMatch", 2, ["94.13", "95.17", "", ""]),
@@ -3453,8 +3594,13 @@ def test_the_papers_figures_do_not_stand_beside_those_of_other_data(tmp_path, ma
     assert "94.13" not in made().text and "paper" not in made().rows[SCAR]
 
 
-def test_controls_have_no_figure_of_the_paper(three_seeds, made):
-    assert made().rows[CONTROL]["paper"] == ""
+def test_controls_have_no_figure_of_the_paper(tmp_path, made):
+    write_run(tmp_path, "scar", 80, 84)
+    for select, eps in (("none", 1.0), ("confidence", 1.0), ("fgsm", 0.0)):
+        write_run(tmp_path, f"{select}", 80, 84, theta="scar", select=select, eps=eps)
+    rows = made().rows
+    with_figure = {name for name, row in rows.items() if row.get("paper")}
+    assert with_figure == {"FixMatch", SCAR}
 
 
 def test_rows_are_in_the_tables_order(tmp_path, made):
@@ -3540,14 +3686,73 @@ def test_other_data_have_tables_of_their_own(tmp_path, made):
     assert len(re.findall("^## (?:CIFAR-10|svhn), ", made().text, re.MULTILINE)) == 2
 
 
-def test_a_seed_counts_once(tmp_path, made):
-    """Of two runs with one seed the first by its folder's name; a note says so."""
+@pytest.fixture
+def a_seed_twice(tmp_path):
+    """Two pretrainings of seed 0, each with SCAR and a control, and one of seed 1."""
+    for name, seed, before, scar, control in (
+        ("a", 0, 80, 84, 83), ("b", 0, 90, 99, 91), ("c", 1, 80, 86, 83)
+    ):  # fmt: skip
+        right = {"a": 40, "b": 10, "c": 30}[name]
+        write_run(tmp_path, name, before, scar, seed=seed, selection=counts(right, 50, 0, 0))
+        options = {"theta": name, "select": "none", "seed": seed}
+        write_run(tmp_path, f"{name}-control", before, control, **options)
+    return tmp_path
+
+
+def test_of_a_seed_that_was_run_twice_the_first_counts(a_seed_twice, made):
+    """By its folder's name, in every column."""
+    row = made().rows[SCAR]
+    assert row["ours"] == "85.00 ± 1.41 (n = 2)"
+    assert row["gain over pretraining"] == "+5.00 ± 1.41 (n = 2)"
+    assert row["gain over control"] == "+2.00 ± 1.41 (n = 2)"
+    assert row["labels added, right (%)"] == "70.00 ± 14.14 (n = 2), on average 35.0/50.0"
+    assert made().rows["FixMatch"]["ours"] == "80.00 ± 0.00 (n = 2)"
+    assert made().rows[CONTROL]["ours"] == "83.00 ± 0.00 (n = 2)"
+
+
+def test_a_seed_that_was_run_twice_is_noted(a_seed_twice, made):
+    assert f"- {SCAR}: 3 runs, of which the first of each seed counts\n" in made().text
+
+
+def test_a_control_of_another_pretraining_of_the_seed_does_not_count(tmp_path, made):
+    """Of the first pretraining there is no control."""
     write_run(tmp_path, "a", 80, 84)
-    write_run(tmp_path, "b", 90, 94)
-    made_tables = made()
-    assert made_tables.rows[SCAR]["ours"] == "84.00 (n = 1)"
-    assert made_tables.rows["FixMatch"]["ours"] == "80.00 (n = 1)"
-    assert f"- {SCAR}: 2 runs, of which the first of each seed counts\n" in made_tables.text
+    write_run(tmp_path, "b", 90, 99)
+    write_run(tmp_path, "b-control", 90, 91, theta="b", select="none")
+    assert made().rows[SCAR]["gain over control"] == "-"
+
+
+def test_of_two_controls_of_one_theta_the_first_counts(tmp_path, made):
+    """In its own row as in SCAR's gain."""
+    write_run(tmp_path, "scar", 80, 84)
+    for name, after in (("control-a", 81), ("control-b", 83)):
+        write_run(tmp_path, name, 80, after, theta="scar", select="none")
+    rows = made().rows
+    assert rows[CONTROL]["ours"] == "81.00 (n = 1)"
+    assert rows[SCAR]["gain over control"] == "+3.00 (n = 1)"
+
+
+def test_each_eps_has_a_row(tmp_path, made):
+    write_run(tmp_path, "scar", 80, 84)
+    write_run(tmp_path, "scar4", 80, 82, theta="scar", eps=4.0)
+    rows = made().rows
+    assert rows[SCAR]["ours"] == "84.00 (n = 1)"
+    assert rows["FixMatch + SCAR (eps 4)"]["ours"] == "82.00 (n = 1)"
+
+
+def test_controls_are_one_row_whatever_their_eps(tmp_path, made):
+    """It selects nothing."""
+    for seed, eps, after in ((0, 1.0, 81), (1, 4.0, 83)):
+        write_run(tmp_path, f"scar{seed}", 80, 84, seed=seed)
+        options = {"theta": f"scar{seed}", "select": "none", "seed": seed, "eps": eps}
+        write_run(tmp_path, f"control{seed}", 80, after, **options)
+    assert made().rows[CONTROL]["ours"] == "82.00 ± 1.41 (n = 2)"
+
+
+def test_runs_in_folders_below_are_another_studys(tmp_path, made):
+    write_run(tmp_path, "scar", 80, 84)
+    write_run(tmp_path / "small", "other", 10, 20, seed=1)
+    assert made().rows[SCAR]["ours"] == "84.00 (n = 1)"
 
 
 def test_a_run_whose_pretraining_is_not_there_is_left_out_by_name(three_seeds, made):
@@ -3636,7 +3841,8 @@ def run_all(*options, **variables):
 
 
 @pytest.mark.parametrize(
-    "variable, value", [("EPOCHS", "0"), ("SEEDS", "*"), ("METHODS", "x"), ("CONTROLS", "x")]
+    "variable, value",
+    [("EPOCHS", "0"), ("SEEDS", "*"), ("SEEDS", ""), ("METHODS", "x"), ("CONTROLS", "x")],
 )
 def test_run_all_refuses_variables(variable, value, tmp_path):
     done = run_all(OUT=str(tmp_path / "out"), **{variable: value})
@@ -3644,7 +3850,10 @@ def test_run_all_refuses_variables(variable, value, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("option", ["--seed=3", "--epochs", "--data", "--out", "--select"])
+@pytest.mark.parametrize(
+    "option",
+    ["--seed=3", "--epochs", "--data", "--data-dir=x", "--out", "--select", "--pretrained"],
+)
 def test_run_all_refuses_options_that_it_sets_itself(option, tmp_path):
     done = run_all(option, OUT=str(tmp_path / "out"))
     assert done.returncode == 2 and "is set by run_all.sh" in done.stderr
@@ -3658,11 +3867,22 @@ def test_run_all_makes_the_tables(three_seeds, tables, capsys):
     assert done.stdout == capsys.readouterr().out
 
 
+def test_run_all_fails_where_the_tables_lack_a_damaged_file(three_seeds):
+    (three_seeds / "scar2" / "result.json").write_text("")
+    done = run_all(OUT=str(three_seeds), METHODS="")
+    assert done.returncode == 1 and "is damaged" in done.stderr
+
+
 def fake_python(tmp_path, body=""):
     """Notes the command lines of the scripts; makes no tables."""
+    lines = [
+        "#!/bin/bash",
+        "case $1 in *tables.py) exit 0 ;; esac",
+        f'echo "$@ ${{CUDA_VISIBLE_DEVICES-all}}" >> {tmp_path}/log',
+        body,
+    ]
     fake = tmp_path / "python"
-    fake.write_text(f'#!/bin/bash\ncase $1 in *tables.py) exit 0 ;; esac\n'
-                    f'echo "$@ gpu=$CUDA_VISIBLE_DEVICES" >> {tmp_path}/log\n{body}\n')  # fmt: skip
+    fake.write_text("\n".join(lines) + "\n")
     fake.chmod(0o755)
     return {"PYTHON": str(fake), "OUT": str(tmp_path / "out")}
 
@@ -3697,7 +3917,19 @@ def test_run_all_takes_the_papers_eps(tmp_path):
 
 def test_run_all_takes_eps_from_its_options(tmp_path):
     _, commands = commands_of(tmp_path, "--eps", 2, SEEDS="0")
-    assert [c.eps for c in commands] == 6 * [2]
+    _, more = commands_of(tmp_path, "--eps=2", SEEDS="0")
+    assert len(more) == 12 and [c.eps for c in commands + more] == 18 * [2]
+
+
+def test_run_alls_control_eps0_is_at_0_whatever_the_options_say(tmp_path):
+    _, commands = commands_of(tmp_path, "--eps", 2, SEEDS="0", METHODS="vat", CONTROLS="eps0")
+    assert [c.eps for c in commands] == [2, 0]
+
+
+def test_run_all_runs_the_papers_epochs_on_cifar_10(tmp_path):
+    _, commands = commands_of(tmp_path, SEEDS="0")
+    for c in commands:
+        assert (c.epochs, c.data, c.data_dir) == (200, "cifar10", "data")
 
 
 def test_run_all_hands_variables_and_options_on(tmp_path):
@@ -3715,6 +3947,12 @@ def test_run_all_names_folders_as_the_scripts_do(tmp_path):
         "vat__svhn__none-eps6__seed3",
     ]
     assert {Path(c.out).parent for c in commands} == {tmp_path / "out"}
+
+
+def test_run_all_names_folders_of_own_images_as_the_scripts_do(tmp_path):
+    variables = {"DATA": "folder", "DATA_DIR": "some/cats/"}
+    _, commands = commands_of(tmp_path, SEEDS="3", METHODS="vat", **variables)
+    assert Path(commands[0].out).name == "vat__cats__fgsm-eps6__seed3"
 
 
 def test_run_alls_controls_start_from_scars_pretraining(tmp_path):
@@ -3735,14 +3973,46 @@ def test_run_all_goes_on_after_a_failure(tmp_path):
     assert [c.method for c in commands] == ["vat", *2 * ["mixmatch"], *2 * ["fixmatch"]]
 
 
+def test_run_all_fails_where_a_control_fails(tmp_path):
+    body = "case $* in *mixmatch*none*) exit 1 ;; esac"
+    done, commands = commands_of(tmp_path, body=body, SEEDS="3")
+    assert done.returncode == 1 and "failed: mixmatch, seed 3" in done.stderr
+    assert len(commands) == 6
+
+
+def test_run_all_fails_where_a_run_on_a_gpu_fails(tmp_path):
+    body = "case $1 in *vat*) exit 1 ;; esac"
+    done, _ = commands_of(tmp_path, body=body, SEEDS="3", GPUS="4 7")
+    assert done.returncode == 1 and "failed" in done.stderr
+
+
 def test_run_all_spreads_over_gpus(tmp_path):
-    """One method and seed at a time on each; a control on the GPU of its pretraining."""
-    done, commands = commands_of(tmp_path, SEEDS="0", GPUS="4 7")
-    gpus = {c.method: set() for c in commands}
+    """A control is on the GPU of its pretraining, after it; options reach all."""
+    done, commands = commands_of(tmp_path, "--width", 1, SEEDS="0", GPUS="4 7")
+    assert done.returncode == 0
+    on = {"4": [], "7": []}
     for c in commands:
-        gpus[c.method].add(c.gpu)
-    assert done.returncode == 0 and len(commands) == 6
-    assert gpus == {"vat": {"gpu=4"}, "mixmatch": {"gpu=7"}, "fixmatch": {"gpu=4"}}
+        on[c.gpu].append((c.method, c.select))
+        assert c.width == 1
+    assert on["7"] == [("mixmatch", "fgsm"), ("mixmatch", "none")]
+    assert on["4"] == [
+        (method, select) for method in ("vat", "fixmatch") for select in ("fgsm", "none")
+    ]
+
+
+def test_run_all_runs_one_at_a_time_on_each_gpu(tmp_path):
+    """A folder named as the GPU stands while a run is on it."""
+    here = f"{tmp_path}/on-$CUDA_VISIBLE_DEVICES"
+    body = f"mkdir {here} || touch {tmp_path}/overlap; sleep 0.2; rmdir {here}"
+    _, commands = commands_of(tmp_path, body=body, SEEDS="0 1", GPUS="4 7")
+    assert len(commands) == 12 and not (tmp_path / "overlap").exists()
+
+
+@pytest.mark.parametrize("variables, gpu", [({}, "all"), ({"GPUS": "3"}, "3")])
+def test_run_all_without_gpus_leaves_them_to_the_scripts(variables, gpu, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    _, commands = commands_of(tmp_path, SEEDS="0", METHODS="vat", **variables)
+    assert [c.gpu for c in commands] == [gpu, gpu]
 
 
 def test_run_all_stopped_ends_its_runs(tmp_path):
