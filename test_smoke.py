@@ -1074,9 +1074,10 @@ def test_predict_needs_no_gradient(images):
 
 
 def test_evaluate_is_accuracy_in_percent(grey_images):
-    """Four of six levels are dark, and all are labeled bright but 120."""
-    y = torch.tensor([1, 0, 1, 1, 1, 1]).repeat(85)
-    assert vat_scar.evaluate(Brightness(), grey_images, y) == 50
+    """Black, 120 and white are called dark, dark, bright; one of three labels is right."""
+    x = grey_images[[0, 1, 5]]
+    accuracy = vat_scar.evaluate(Brightness(), x, torch.tensor([1, 0, 0]))
+    assert accuracy == pytest.approx(100 / 3)
 
 
 def draw(seed=0, count=14):
@@ -1200,6 +1201,14 @@ def test_save_leaves_the_old_file_until_the_new_one_is_whole(
     assert read(tmp_path / name) == old
 
 
+def test_load_brings_tensors_to_the_cpu(tmp_path, monkeypatch):
+    """So that a file made on a GPU loads where there is none."""
+    options = {}
+    monkeypatch.setattr(torch, "load", lambda path, **named: options.update(named))
+    vat_scar.load(tmp_path / "checkpoint.pt")
+    assert options == {"map_location": "cpu", "weights_only": True}
+
+
 def test_two_runs_write_files_of_their_own(tmp_path, monkeypatch):
     """Until they are renamed: the process's number is in the name."""
     written = []
@@ -1217,12 +1226,12 @@ def test_only_process_0_saves(tmp_path, monkeypatch):
 
 
 def test_average_over_processes_is_the_mean_of_each_tensor(monkeypatch):
-    """Of what this process has and, in the other's stead, what the exchange adds."""
+    """Of what this process has and, in the three others' stead, what the exchange adds."""
     ours, theirs = [torch.ones(2, 3), torch.zeros(4), torch.tensor(1.0)], torch.arange(11.0)
-    monkeypatch.setattr(vat_scar, "WORLD_SIZE", 2)
+    monkeypatch.setattr(vat_scar, "WORLD_SIZE", 4)
     monkeypatch.setattr(vat_scar.dist, "all_reduce", lambda flat: flat.add_(theirs))
     vat_scar.average_over_processes(ours)
-    close(ours, [(1 + theirs[:6].view(2, 3)) / 2, theirs[6:10] / 2, torch.tensor(5.5)])
+    close(ours, [(1 + theirs[:6].view(2, 3)) / 4, theirs[6:10] / 4, torch.tensor(2.75)])
 
 
 def test_one_process_exchanges_nothing(monkeypatch):
@@ -1284,6 +1293,13 @@ def test_table2_rows_are_selections_at_each_eps_in_order(grey_images):
         {"kept": 2, "kept_correct": 1, "rejected": 4, "rejected_wrong": 1},
     ]
     assert [row["sensitivity"] for row in rows] == pytest.approx([200 / 3, 50])
+
+
+def test_table2_rows_have_no_nan(grey_images):
+    """At eps 0 nothing is rejected."""
+    y = torch.zeros(510, dtype=torch.int64)
+    (row,) = vat_scar.table2_rows(Brightness(), grey_images, y, {0.0})
+    assert row["rejected"] == 0 and row["specificity"] is None
 
 
 def test_selection_rows_say_for_each_image_what_was_done():
@@ -1356,6 +1372,30 @@ def test_pictures_frame_tells_right_from_wrong(picture):
     assert len(seen) == 3
 
 
+def test_pictures_words_stand_where_they_belong(monkeypatch):
+    """Above the columns, and in the classes' rows."""
+    texts = {}
+    draw = vat_scar.ImageDraw.Draw
+
+    def noting(image):
+        pen = draw(image)
+        text = pen.text
+        pen.text = lambda where, what, colour: (
+            texts.update({what: where}) or text(where, what, colour)
+        )
+        return pen
+
+    monkeypatch.setattr(vat_scar.ImageDraw, "Draw", noting)
+    x = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    label = torch.tensor([0, 1])
+    picture = vat_scar.selection_picture(x, label == 0, label, label, ["cat", "dog"])
+    left = picture.width - 17 * 14
+    assert texts["kept"][0] == left and texts["rejected"][0] == left + 9 * 14
+    for row, name in enumerate(["cat", "dog"]):
+        assert 16 + 14 * row <= texts[name][1] < 16 + 14 * (row + 1)
+        assert texts[name][0] < left
+
+
 def test_picture_draws_images_at_random(picture):
     numbers = [cell.number for cell in picture.cells if cell.row == 0 and cell.column < 8]
     assert numbers != sorted(numbers) and max(numbers) > 40
@@ -1393,8 +1433,9 @@ def test_printed_table_2(capsys):
     ]
 
 
-def test_printed_command_for_the_control(capsys):
-    vat_scar.print_tables(RESULT, "my runs/a")
+@pytest.mark.parametrize("select", ["fgsm", "confidence"])
+def test_printed_command_for_the_control(select, capsys):
+    vat_scar.print_tables({**RESULT, "select": select}, "my runs/a")
     command = "python vat_scar.py --seed 3 --select none --pretrained 'my runs/a/pretrain.pt'"
     assert f": {command} --out 'my runs/a-control'\n" in capsys.readouterr().out
 
@@ -1627,7 +1668,8 @@ def few_images(few, monkeypatch):
 
 
 def run(script, out, *options):
-    return script.main([*SMALL, *map(str, options), "--out", str(out)])
+    """Runs a script at tiny size; the folder may be given among the options, too."""
+    return script.main([*SMALL, "--out", str(out), *map(str, options)])
 
 
 def refusal(capsys, script, *argv):
@@ -1721,8 +1763,8 @@ def watch(script, out, few, *options, average_over_processes=halve):
 
 
 OPTIONS = (
-    "--data-dir pictures --seed 3 --val 50 --eps 8 --lr 0.004 --weight-decay 0.3 --lambda-u 0.6 "
-    "--ema-decay 0.15"
+    "--data-dir pictures --seed 3 --val 50 --eps 8.5 --table2-eps 1.5 --lr 0.004 "
+    "--weight-decay 0.3 --lambda-u 0.6 --ema-decay 0.15"
 ).split()
 STEPS = [(phase, t) for phase in ("pretrain", "finetune") for t in range(6)]  # of a run
 
@@ -1963,7 +2005,7 @@ def test_theta_is_the_average_at_the_end_of_pretraining(watched):
 
 def test_theta_selects_from_the_unlabeled_images_as_they_are(watched):
     call = watched.calls["select_clean"][0]
-    assert call.eps == 8 / 255
+    assert call.eps == 8.5 / 255
     same(call.x, watched.x[watched.unlabeled])
     same(call.model.state_dict(), watched.theta.state_dict())
 
@@ -2024,7 +2066,7 @@ def test_the_result_has_thetas_accuracy_and_the_final_one(watched):
 def test_table_2_is_of_theta_on_the_held_out_images(watched):
     """At --table2-eps and --eps, after the selection itself."""
     calls = watched.calls["select_clean"][1:]
-    assert [call.eps for call in calls] == [1 / 255, 8 / 255]
+    assert [call.eps for call in calls] == [1.5 / 255, 8.5 / 255]
     for call in calls:
         same(call.model.state_dict(), watched.theta.state_dict())
         same(call.x, watched.x[watched.held_out])
@@ -2033,7 +2075,7 @@ def test_table_2_is_of_theta_on_the_held_out_images(watched):
 def test_table_2_is_counted_by_true_labels(watched):
     script, y = watched.script, watched.y[watched.held_out]
     for eps, call, row in zip(
-        [1, 8], watched.calls["select_clean"][1:], watched.result["table2"], strict=True
+        [1.5, 8.5], watched.calls["select_clean"][1:], watched.result["table2"], strict=True
     ):
         stats = script.without_nan(script.selection_stats(*call.result, y))
         assert row == {"eps": eps, **stats}
@@ -2086,12 +2128,22 @@ def test_the_result_has_the_times_of_the_run(watched):
 
 
 def test_each_epoch_prints_a_line(watched):
-    """With the time left at this epoch's pace: after the second of four epochs, two of those."""
-    row = read_rows(watched.out / "metrics.csv")[1]
-    (line,) = re.findall(r"^pretrain   2 .*$", watched.printed, re.MULTILINE)
-    assert f"  loss {float(row['loss']):.4f}  loss_labeled {float(row['loss_labeled']):.4f}" in line
-    assert f"  accuracy {float(row['accuracy']):5.2f}  " in line
-    assert f"{MS_PER_STEP[1]:.1f} ms a step  {2 * SECONDS[1] / 60:.1f} min left" in line
+    rows = read_rows(watched.out / "metrics.csv")
+    lines = re.findall(r"^(?:pretrain|finetune)   \d .*$", watched.printed, re.MULTILINE)
+    for line, row, ms_per_step in zip(lines, rows, MS_PER_STEP, strict=True):
+        assert line.startswith(f"{row['phase']}   {row['epoch']}  loss {float(row['loss']):.4f}  ")
+        assert f"  loss_labeled {float(row['loss_labeled']):.4f}  " in line
+        assert f"  accuracy {float(row['accuracy']):5.2f}  {ms_per_step:.1f} ms a step" in line
+
+
+def minutes_left(printed):
+    return [float(number) for number in re.findall(r"([\d.]+) min left$", printed, re.MULTILINE)]
+
+
+def test_each_epoch_prints_the_time_left_at_its_pace(watched):
+    """Three more epochs after the first, and so on."""
+    expected = [SECONDS[i] / 60 * (3 - i) for i in range(4)]
+    assert minutes_left(watched.printed) == pytest.approx(expected, abs=0.051)
 
 
 def test_a_run_ends_with_its_tables(watched, capsys):
@@ -2116,13 +2168,18 @@ def test_result_json_is_strict_and_what_main_returns(watched):
     assert json.loads(text, parse_constant=pytest.fail) == watched.result  # no NaN
 
 
-def test_the_result_says_what_ran(watched, monkeypatch):
+def test_the_result_has_the_command_as_a_shell_takes_it(few_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vat_scar.py", "--out", "my runs/a"])
+    result = run(vat_scar, tmp_path / "run", "--epochs", 1)
+    assert result["command"] == "python vat_scar.py --out 'my runs/a'"
+
+
+def test_the_result_says_what_ran(watched):
     result = watched.result
     assert (result["method"], result["data"]) == (watched.script.METHOD, "synthetic")
-    assert (result["select"], result["eps"], result["seed"]) == ("fgsm", 8.0, 3)
+    assert (result["select"], result["eps"], result["seed"]) == ("fgsm", 8.5, 3)
     assert result["scored_on"] == "validation"
     assert result["args"] == vars(watched.args)
-    assert result["command"] == shlex.join(["python", *sys.argv])
     assert watched.script.machine_info(watched.args).items() <= result.items()
 
 
@@ -2230,13 +2287,14 @@ def test_bf16_pretrains_nearly_as_float32_does(few, tmp_path):
 
 
 def test_a_control_sees_the_unlabeled_images_that_scar_sees_in_the_same_views(few, tmp_path):
-    """In fine-tuning too, however many images were added."""
-    draws, states = [], []
-    for select in ("fgsm", "none"):
-        run = watch(fixmatch_scar, tmp_path / select, few, *USUAL, "--select", select)
-        draws.append([call.result.tolist() for call in run.calls["draw_batches"][::2]])
-        states.append([call.generator_state.tolist() for call in run.calls["batch_loss"]])
-    assert draws[0] == draws[1] and states[0] == states[1]
+    """Started from SCAR's pretraining, with fewer labeled images."""
+    scar = watch(fixmatch_scar, tmp_path / "scar", few, *USUAL)
+    theta = tmp_path / "scar" / "pretrain.pt"
+    options = [*USUAL, "--select", "none", "--pretrained", theta]
+    control = watch(fixmatch_scar, tmp_path / "control", few, *options)
+    for ours, theirs in zip(scar.calls["batch_loss"][6:], control.calls["batch_loss"], strict=True):
+        same(ours.x_u, theirs.x_u)
+        same(ours.generator_state, theirs.generator_state)
 
 
 @pytest.fixture(scope="module")
@@ -2263,6 +2321,11 @@ def from_theta(few, theta, tmp_path):
 def test_pretrained_goes_straight_to_fine_tuning(script, from_theta):
     run = from_theta(script, "fgsm")
     assert [row["phase"] for row in read_rows(run.out / "metrics.csv")] == 2 * ["finetune"]
+
+
+def test_pretrained_leaves_one_phases_time(from_theta):
+    run = from_theta(vat_scar, "none")
+    assert minutes_left(run.printed) == pytest.approx([SECONDS[0] / 60, 0], abs=0.051)
 
 
 @each_script
@@ -2345,7 +2408,9 @@ def scalars(monkeypatch):
 
     def writer(folder):
         written.append(folder)
-        return SimpleNamespace(add_scalar=lambda *row: written.append(row), flush=lambda: None)
+        return SimpleNamespace(
+            add_scalar=lambda *row: written.append(row), flush=lambda: written.append("flush")
+        )
 
     board = SimpleNamespace(SummaryWriter=writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
@@ -2355,12 +2420,19 @@ def scalars(monkeypatch):
 
 def test_tensorboard_gets_each_epochs_numbers(few_images, tmp_path, scalars):
     run(vat_scar, tmp_path / "run", "--tensorboard")
-    assert scalars.pop(0) == tmp_path / "run"
-    expected = set()
+    assert scalars[0] == tmp_path / "run"
+    expected = {tmp_path / "run", "flush"}
     for row in read_rows(tmp_path / "run" / "metrics.csv"):
         for name in row.keys() - {"phase", "epoch"}:
             expected.add((f"{row['phase']}/{name}", float(row[name]), int(row["epoch"])))
     assert set(scalars) == expected
+
+
+def test_tensorboard_has_an_epoch_when_it_ends(few_images, tmp_path, scalars):
+    run(vat_scar, tmp_path / "run", "--tensorboard", "--epochs", 1)
+    numbers = [row for row in scalars[1:] if row != "flush"]
+    first = [row for row in numbers if row[0].startswith("pretrain")]
+    assert scalars[1 + len(first)] == scalars[-1] == "flush"
 
 
 def test_without_tensorboard_nothing_is_written_for_it(few_images, tmp_path, scalars):
@@ -2377,11 +2449,145 @@ def test_an_epoch_shows_its_steps_on_a_terminal(few_images, tmp_path, monkeypatc
     assert shown == [(phase, step) for phase in ("pretrain", "finetune") for step in ("0", "10")]
 
 
+@pytest.fixture
+def quick(few_images, tmp_path, monkeypatch):
+    """Runs VAT's main with a network of one parameter and a loss of no work.
+
+    step(i) may change the metrics of the i-th step.
+    """
+
+    class OneParameter(nn.Module):
+        def __init__(self, classes, depth, width):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return self.scale * x.mean(dim=(2, 3)).repeat(1, 4)[:, :10]
+
+    def start(*options, step=lambda i: {}):
+        steps = itertools.count()
+
+        def batch_loss(model, x_l, y_l, x_u, lambda_u, args):
+            return model.scale**2, step(next(steps))
+
+        monkeypatch.setattr(vat_scar, "WideResNet", OneParameter)
+        monkeypatch.setattr(vat_scar, "batch_loss", batch_loss)
+        return run(vat_scar, tmp_path / "run", *options)
+
+    return start
+
+
+def test_the_averages_decay_warms_up_over_a_thousand_steps(quick, monkeypatch):
+    """(1 + t) / (10 + t) reaches 0.991 at t = 990."""
+    decays = []
+    monkeypatch.setattr(vat_scar, "update_average", lambda *inputs: decays.append(inputs[2].item()))
+    quick("--ema-decay", 0.991, "--epochs", 2, "--steps-per-epoch", 500)
+    expected = [min(0.991, (1 + t) / (10 + t)) for t in range(1000)]
+    assert expected[989] < 0.991 and decays == pytest.approx(2 * expected)
+
+
+def test_seeds_of_epochs_phases_and_runs_are_all_different(quick, tmp_path, monkeypatch):
+    """Of two runs with four epochs, for augmentation and for batches."""
+    seeds = []
+    seed_everywhere, draw_batches = torch.manual_seed, vat_scar.draw_batches
+
+    def noting(pool, count, size, generator):
+        seeds.append(generator.initial_seed())
+        return draw_batches(pool, count, size, generator)
+
+    monkeypatch.setattr(torch, "manual_seed", lambda n: seeds.append(n) or seed_everywhere(n))
+    monkeypatch.setattr(vat_scar, "draw_batches", noting)
+    for seed in (0, 1):
+        quick("--seed", seed, "--epochs", 4, "--steps-per-epoch", 1)
+        shutil.rmtree(tmp_path / "run")
+    # the run's own seed, then for each epoch one for augmentation and one for both kinds of batches
+    assert len(seeds) == 2 * (1 + 8 * 3)
+    assert len(set(seeds)) == 2 * (1 + 8 * 2)
+
+
+def test_metrics_are_summed_though_the_next_step_overwrites_them(quick, tmp_path):
+    """As a CUDA graph does: 0, 1 and 2 in the first epoch."""
+    metric = torch.zeros(())
+    quick(step=lambda i: {"mine": metric.fill_(i)})
+    means = [float(row["mine"]) for row in read_rows(tmp_path / "run" / "metrics.csv")]
+    assert means == [1, 4, 7, 10]
+
+
+def test_the_clock_is_read_after_the_device_has_finished(quick, monkeypatch):
+    """Reading a metric waits for that."""
+    events = []
+
+    class Metric(torch.Tensor):
+        def __float__(self):
+            events.append("metric")
+            return 0.0
+
+    clock = SimpleNamespace(perf_counter=lambda: events.append("clock") or float(len(events)))
+    monkeypatch.setattr(vat_scar, "time", clock)
+    quick("--epochs", 1, step=lambda i: {"mine": torch.zeros(()).as_subclass(Metric)})
+    assert events[:5] == ["clock", "clock", "metric", "clock", "clock"]
+
+
+def test_no_image_is_left_out_of_many(quick, images, tmp_path, monkeypatch):
+    """1,100 to test on and 700 to train with, 600 of them unlabeled."""
+    x, y, x_test, y_test = images
+    many = x[:700, :, ::2, ::2], y[:700], x[:1100, :, ::2, ::2], y[:1100]
+    monkeypatch.setattr(vat_scar, "load_images", lambda *args: many)
+    seen = {}
+    for name in ("evaluate", "table2_rows", "select_clean", "selection_picture", "predict"):
+        function = getattr(vat_scar, name)
+
+        def noting(*inputs, name=name, function=function):
+            (x,) = [value for value in inputs if torch.is_tensor(value) and value.ndim == 4]
+            seen.setdefault(name, []).append(len(x))
+            return function(*inputs)
+
+        monkeypatch.setattr(vat_scar, name, noting)
+    quick("--epochs", 1)
+    assert seen == {
+        "select_clean": [600, 1100, 1100],
+        "predict": [1100, 600, 1100, 1100, 600],
+        "evaluate": [1100, 1100, 1100],
+        "table2_rows": [1100],
+        "selection_picture": [600],
+    }
+    assert len(read_rows(tmp_path / "run" / "selection.csv")) == 600
+
+
+def test_validation_images_have_labels(quick, few, monkeypatch):
+    """Where some unlabeled images have none."""
+    x, y, x_test, y_test = few
+    y = torch.where(torch.arange(300) < 200, y, -1)
+    monkeypatch.setattr(vat_scar, "load_images", lambda *args: (x, y, x_test, y_test))
+    scored, evaluate = [], vat_scar.evaluate
+    monkeypatch.setattr(
+        vat_scar, "evaluate", lambda *inputs: scored.append(inputs[2]) or evaluate(*inputs)
+    )
+    quick("--val", 30, "--epochs", 1)
+    assert all(len(labels) == 30 and labels.min() >= 0 for labels in scored) and scored
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(
+    loss, few_images, tmp_path, monkeypatch, capsys
+):
+    """Before the epoch's checkpoint."""
+
+    def batch_loss(model, *inputs):
+        return loss * model.linear.weight.sum() ** 2, {}
+
+    monkeypatch.setattr(vat_scar, "batch_loss", batch_loss)
+    sentence = refusal(capsys, vat_scar, *SMALL, "--out", tmp_path / "run")
+    assert sentence == "pretrain 1: loss not finite; lower --lr, in a new --out"
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("flag, value", [("allow_tf32", False), ("benchmark", True)])
-def test_a_run_sets_cudnn(flag, value, few_images, tmp_path, monkeypatch):
+def test_a_run_sets_cudnn(flag, value, precision, quick, monkeypatch):
     """TF32 off, for fgsm's signs; the fastest algorithm for each convolution is looked for."""
     monkeypatch.setattr(torch.backends.cudnn, flag, not value)
-    run(vat_scar, tmp_path / "run", "--epochs", 1)
+    quick("--epochs", 1, "--precision", precision)
     assert getattr(torch.backends.cudnn, flag) == value
 
 
@@ -2517,20 +2723,28 @@ def test_captured_run_on_cuda_is_the_run(script, few_images, tmp_path, monkeypat
 
 @pytest.fixture
 def as_process(monkeypatch, few, tmp_path):
-    """Runs main, watched, as one of two processes; what it would exchange is left to the caller.
+    """Runs main, watched, as one of several processes; what it would exchange is the caller's.
 
     all_reduce gets a tensor and changes it in place; broadcast the same, and a process's number.
     """
 
-    def start(script, rank, *options, all_reduce=lambda flat: None, broadcast=lambda *_: None):
+    def start(
+        script,
+        rank,
+        *options,
+        processes=2,
+        out=None,
+        all_reduce=lambda flat: None,
+        broadcast=lambda *_: None,
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(script.dist, "init_process_group", lambda: None)
             patch.setattr(script.dist, "all_reduce", all_reduce)
             patch.setattr(script.dist, "broadcast", broadcast)
-            patch.setattr(script, "WORLD_SIZE", 2)
+            patch.setattr(script, "WORLD_SIZE", processes)
             patch.setattr(script, "RANK", rank)
             average = script.average_over_processes
-            out = tmp_path / f"process {rank}"
+            out = out or tmp_path / f"process {rank}"
             return watch(script, out, few, *options, average_over_processes=average)
 
     return start
@@ -2551,10 +2765,28 @@ def test_two_processes_share_each_batch(script, as_process, few, tmp_path):
             assert sorted(half + other) == sorted(whole)
 
 
-def test_two_processes_augment_each_in_its_own_way(as_process):
-    runs = [as_process(vat_scar, rank) for rank in (0, 1)]
-    for first, second in zip(*[run.calls["batch_loss"] for run in runs], strict=True):
-        assert not torch.equal(first.generator_state, second.generator_state)
+def test_four_processes_augment_each_in_its_own_way(as_process):
+    runs = [as_process(vat_scar, rank, "--epochs", 1, processes=4) for rank in range(4)]
+    for calls in zip(*[run.calls["batch_loss"] for run in runs], strict=True):
+        assert len({call.generator_state.numpy().tobytes() for call in calls}) == 4
+
+
+def test_process_1_resumes_from_the_checkpoint(as_process):
+    """That of process 0: of a run that lacks its last file alone nothing is trained again."""
+    out = as_process(vat_scar, 0).out
+    (out / "result.json").unlink()
+    assert as_process(vat_scar, 1, out=out).calls["batch_loss"] == []
+
+
+def test_process_1_starts_from_pretrained(as_process, theta):
+    run = as_process(vat_scar, 1, "--pretrained", theta)
+    same(run.calls["batch_loss"][0].model.state_dict(), load_model(theta).state_dict())
+
+
+def test_images_per_second_are_those_of_all_processes(as_process):
+    """--batch-size is what they share."""
+    result = as_process(vat_scar, 0).result
+    assert result["images_per_second"] == pytest.approx(1000 * 8 / result["ms_per_step"])
 
 
 def test_process_0_gives_its_labels_to_all(as_process):
@@ -2880,6 +3112,42 @@ def command_line(settings):
     return words
 
 
+OTHER_METHODS_SETTINGS = [
+    (mixmatch_scar, "temperature", 0.6),
+    (mixmatch_scar, "alpha", 0.8),
+    (fixmatch_scar, "mu", 3),
+    (fixmatch_scar, "threshold", 0.2),
+]
+
+
+@pytest.mark.parametrize(
+    "script, name, now", OTHER_METHODS_SETTINGS, ids=[row[1] for row in OTHER_METHODS_SETTINGS]
+)
+def test_another_runs_folder_is_refused_by_the_methods_setting(
+    script, name, now, uninterrupted, few_images, capsys
+):
+    argv = [*SMALL, "--eps", 8, "--out", uninterrupted(script), *command_line({name: now})]
+    assert f"({name} was" in refusal(capsys, script, *argv)
+
+
+def test_a_folder_of_a_version_without_a_setting_is_refused(unfinished, few_images, capsys):
+    args = json.loads((unfinished / "args.json").read_text())
+    del args["val"]
+    (unfinished / "args.json").write_text(json.dumps(args))
+    sentence = refusal(capsys, vat_scar, *SMALL, "--eps", 8, "--out", unfinished)
+    assert "(val was None, now 0)" in sentence
+
+
+def test_a_run_that_was_begun_on_a_gpu_goes_on_without(unfinished, few_images):
+    """And args.json tells how it was begun."""
+    text = (unfinished / "args.json").read_text()
+    assert '"device": "cpu"' in text
+    text = text.replace('"device": "cpu"', '"device": "cuda"')
+    (unfinished / "args.json").write_text(text)
+    assert run(vat_scar, unfinished, "--eps", 8)
+    assert (unfinished / "args.json").read_text() == text
+
+
 @pytest.mark.parametrize("name", [*OTHER_SETTINGS, "pretrained"])
 def test_another_runs_folder_is_refused_by_the_settings_name(
     name, uninterrupted, few_images, capsys
@@ -2894,12 +3162,16 @@ def test_another_runs_folder_is_refused_by_the_settings_name(
     assert before == {path: path.read_bytes() for path in out.iterdir()}
 
 
-def test_no_setting_is_forgotten(uninterrupted):
-    """A new option stands in OTHER_SETTINGS, or is one that may differ."""
-    args = json.loads((uninterrupted(vat_scar) / "args.json").read_text())
+@each_script
+def test_no_setting_is_forgotten(script):
+    """A new option stands in one of these lists, or is one that may differ."""
     may_differ = {"device", "out", "data_dir", "compile", "tensorboard"}
-    rest = {"method", "classes", "mu", "pretrained"}
-    assert args.keys() == OTHER_SETTINGS.keys() | may_differ | rest
+    others = {name for other, name, _ in OTHER_METHODS_SETTINGS if other is script}
+    args = vars(script.parse_args([])).keys()
+    vats_own = {"xi", "vat_eps", "power_iterations", "entropy_weight"}
+    assert args - may_differ - others - {"mu", "pretrained"} == OTHER_SETTINGS.keys() - (
+        vats_own if script is not vat_scar else set()
+    )
 
 
 def test_another_method_and_other_classes_are_refused(
@@ -2919,6 +3191,7 @@ def test_another_method_and_other_classes_are_refused(
         (vat_scar, "--num-labeled 90", "num_labeled was 100, now 90"),
         (vat_scar, "--seed 4", "seed was 0, now 4"),
         (vat_scar, "--depth 16", "pretrain.pt holds no weights of this network"),
+        (vat_scar, "--width 2", "pretrain.pt holds no weights of this network"),
     ],
 )
 def test_another_runs_theta_is_refused(
@@ -2928,6 +3201,13 @@ def test_another_runs_theta_is_refused(
     argv = [*SMALL, "--pretrained", theta, "--out", tmp_path / "run", *options.split()]
     assert sentence in refusal(capsys, script, *argv)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_no_theta(uninterrupted, few_images, tmp_path, capsys):
+    checkpoint = uninterrupted(vat_scar) / "checkpoint.pt"
+    argv = [*SMALL, "--pretrained", checkpoint, "--out", tmp_path / "run"]
+    sentence = refusal(capsys, vat_scar, *argv)
+    assert sentence == f"{checkpoint} holds no weights of this network"
 
 
 def test_theta_may_be_fine_tuned_with_other_epochs_and_lr(uninterrupted, few_images, tmp_path):
@@ -2940,6 +3220,10 @@ def test_a_folder_that_holds_no_run_is_refused(few_images, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     sentence = refusal(capsys, vat_scar, *SMALL, "--out", tmp_path)
     assert sentence == f"{tmp_path} is not empty and holds no run; choose another --out"
+
+
+def test_folders_above_a_runs_folder_are_made(quick, few_images, tmp_path):
+    assert quick("--epochs", 1, "--out", tmp_path / "not" / "yet" / "there")
 
 
 def test_a_folder_with_hidden_files_is_taken(few_images, tmp_path):
@@ -2984,12 +3268,15 @@ def test_a_damaged_file_is_named_and_left_alone(
     assert path.read_bytes() == damaged[fault]
 
 
-@pytest.mark.parametrize("fault", ["of another version", "of other images"])
+@pytest.mark.parametrize("fault", ["of another version", "of other images", "of another network"])
 def test_a_checkpoint_that_does_not_fit_is_refused(fault, unfinished, few_images, capsys):
     checkpoint = torch.load(unfinished / "checkpoint.pt")
-    checkpoint["labels"] = checkpoint["labels"][:7]
     if fault == "of another version":
         checkpoint = {"rows": [], "learner": []}
+    elif fault == "of other images":
+        checkpoint["labels"] = checkpoint["labels"][:7]
+    else:
+        del checkpoint["model"]["bn.weight"]
     torch.save(checkpoint, unfinished / "checkpoint.pt")
     sentence = refusal(capsys, vat_scar, *SMALL, "--eps", 8, "--out", unfinished)
     assert sentence.startswith(f"{unfinished}/checkpoint.pt does not fit")
@@ -2999,16 +3286,6 @@ def test_the_scripts_copy_is_of_the_beginning(unfinished, few_images):
     (unfinished / "vat_scar.py").write_text("as it was")
     run(vat_scar, unfinished, "--eps", 8)
     assert (unfinished / "vat_scar.py").read_text() == "as it was"
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(few_images, tmp_path, capsys):
-    argv = [*SMALL, "--lr", 1e30, "--out", tmp_path / "run"]
-    assert "pretrain 1: loss not finite" in refusal(capsys, vat_scar, *argv)
-
-
-def test_an_epoch_whose_loss_is_not_finite_leaves_no_checkpoint(few_images, tmp_path, capsys):
-    refusal(capsys, vat_scar, *SMALL, "--lr", 1e30, "--out", tmp_path / "run")
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize(
@@ -3105,10 +3382,26 @@ def test_selection_csv_names_each_file_beside_its_own_label(folder_run):
         assert float(row["final_confidence"]) == pytest.approx(confidence.item(), abs=1e-5)
 
 
+def test_kept_per_class_has_a_number_for_each_class(folder_run):
+    counts = folder_run.result["selection"]
+    assert len(counts["kept_per_class"]) == 2 and sum(counts["kept_per_class"]) == counts["added"]
+
+
 def test_images_without_a_label_are_added_and_not_counted_as_right(folder_run):
     counts = folder_run.result["selection"]
     assert counts["added"] == sum(int(row["kept"]) for row in folder_run.rows) > 0
     assert counts["kept"] == counts["rejected"] == 0
+
+
+def test_selection_csv_names_labeled_images_beyond_num_labeled_too(photos, tmp_path):
+    """4 of 12 labels are not used; these images are not the last of the labeled ones."""
+    options = ["--num-labeled", "8", "--out", str(tmp_path / "run")]
+    vat_scar.main([*folder_options(photos), *options])
+    _, y, *_ = load_images("folder", photos, 24)
+    _, files, _ = common.image_names("folder", photos)
+    _, unlabeled = split_labeled(y, 8, 0)
+    rows = read_rows(tmp_path / "run" / "selection.csv")
+    assert len(rows) == 14 and [row["file"] for row in rows] == [files[n] for n in unlabeled]
 
 
 def test_a_folder_without_unlabeled_images_has_4000_labels_unless_told(tmp_path, capsys):
@@ -3809,7 +4102,7 @@ def test_a_runs_own_result_makes_the_tables(watched, tables, capsys):
     (root / "tables.md").unlink()
     name = {"vat": "VAT", "mixmatch": "MixMatch", "fixmatch": "FixMatch"}[watched.script.METHOD]
     accuracy = f"{watched.result['final_accuracy']:.2f}"
-    assert f"| {name} + SCAR (eps 8) | {accuracy} (n = 1) |" in capsys.readouterr().out
+    assert f"| {name} + SCAR (eps 8.5) | {accuracy} (n = 1) |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("folder", ["cpu", "h100"])
