@@ -1,7 +1,8 @@
-"""The tests: no network, no GPU; those for CUDA skip themselves where there is none.
+"""The tests need no network and no GPU; those for CUDA skip themselves where there is none.
 
-Three kinds: functions against a plain computation of the same thing; `main` at tiny size, with a
-note of what it calls its functions with (`watched`); commands as a user gives them.
+There are three kinds. Functions are compared with a plain computation of the same thing. `main`
+runs at tiny size, and what it calls its functions with is compared with what it should (`watch`).
+Commands are run as a user gives them. Each test states one fact; its name says which.
 """
 
 import copy
@@ -809,6 +810,50 @@ def test_batch_loss_hands_the_loss_its_views_and_options(script, monkeypatch):
             assert calls[0][name] == value, name
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@each_script
+def test_precision_is_autocasts_around_the_loss(script, precision, monkeypatch):
+    seen = []
+
+    def noting(*inputs, **named):
+        enabled = torch.is_autocast_enabled("cpu")
+        seen.append(torch.get_autocast_dtype("cpu") if enabled else None)
+
+    monkeypatch.setattr(script, f"{script.METHOD}_loss", noting)
+    x = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    script.batch_loss(None, x, None, x, 1.0, script.parse_args(["--precision", precision]))
+    assert seen == [{"fp32": None, "bf16": torch.bfloat16}[precision]]
+
+
+@each_script
+def test_losses_of_bf16_logits_are_computed_in_float32(script):
+    """As if the model had given the same numbers as float32."""
+
+    class Coarse(nn.Module):
+        def __init__(self, dtype):
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = nn.Linear(48, 10)
+            self.dtype = dtype
+
+        def forward(self, x):
+            return self.linear(x.flatten(1)).bfloat16().to(self.dtype)
+
+    x_l, x_u, x_v = torch.rand(3, 4, 3, 4, 4)
+    losses = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = Coarse(dtype)
+        if script is vat_scar:
+            loss, metrics = vat_loss(model, x_l, Y, x_u, 1.0, 3.0, 1, 0.6, 0.2, d0=x_v - 0.5)
+        elif script is mixmatch_scar:
+            loss, metrics = mixmatch_loss(model, x_l, Y, x_u, x_v, 0.5, 0.0, 0.6)
+        else:
+            loss, metrics = fixmatch_loss(model, x_l, Y, x_u, x_v, 0.1, 0.6)
+        losses.append({"loss": loss, **metrics})
+    assert {value.dtype for value in losses[0].values()} == {torch.float32}
+    close(*losses)
+
+
 @each_script
 def test_batch_loss_draws_each_view_anew(script, images, monkeypatch):
     """The views of unlabeled images differ, and so do those of two calls."""
@@ -1507,6 +1552,18 @@ OWN_DEFAULTS = {
 def test_defaults(script):
     args = vars(script.parse_args(["--device", "cpu"]))
     assert args == {**DEFAULTS, **OWN_DEFAULTS[script.METHOD]}
+
+
+@pytest.mark.parametrize("data", ["cifar10", "cifar100", "svhn", "stl10", "folder", "synthetic"])
+@each_script
+def test_takes_each_data_set_and_changes_no_other_default(script, data):
+    args = vars(script.parse_args(["--device", "cpu", "--data", data, "--out", "runs/mine"]))
+    assert args == {
+        **DEFAULTS,
+        **OWN_DEFAULTS[script.METHOD],
+        "data": data,
+        "out": "runs/mine",
+    }
 
 
 @pytest.mark.parametrize(
@@ -4136,6 +4193,18 @@ def test_readmes_commands_are_taken():
     for command in commands:
         script, *argv = shlex.split(command)
         assert scripts[script].parse_args(argv)
+
+
+@each_script
+def test_a_scripts_own_commands_are_taken(script):
+    """Those at its head."""
+    text = script.__doc__.replace("\\\n", " ")
+    commands = re.findall(rf"^ +python {script.METHOD}_scar\.py (.*)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    scar, control = [script.parse_args(shlex.split(command)) for command in commands]
+    assert (scar.epochs, scar.select, scar.pretrained) == (200, "fgsm", None)
+    assert (control.epochs, control.select) == (200, "none")
+    assert control.pretrained == f"{scar.out}/pretrain.pt"
 
 
 def run_all(*options, **variables):
