@@ -59,11 +59,8 @@ def test_what_the_scripts_share_is_the_same_text():
     """So what holds for a shared function in one script holds in all three."""
     texts = {}
     for script in SCRIPTS:
-        _, rest = (
-            Path(script.__file__)
-            .read_text(encoding="utf-8")
-            .split("Helpers, the same in every script\n")
-        )
+        text = Path(script.__file__).read_text(encoding="utf-8")
+        _, rest = text.split("Helpers, the same in every script\n")
         texts.setdefault("from the helpers to the end", set()).add(rest)
         for name, function in inspect.getmembers(script, inspect.isfunction):
             if function.__module__ == script.__name__ and name not in OWN:
@@ -1220,6 +1217,15 @@ def test_predict_is_the_models_logits_in_eval_mode(images):
     for images_of_a_kind in (x, x / 255):
         close(vat_scar.predict(model.train(), images_of_a_kind), expected, rtol=1e-4, atol=1e-4)
     assert not model.training
+
+
+@needs_cuda
+def test_predict_on_cuda_is_that_of_the_cpu(images):
+    """In float32, as fgsm."""
+    torch.manual_seed(0)
+    model, x = WideResNet(10, 10, 1), images[0][:100]
+    on_cpu = vat_scar.predict(model, x)
+    close(vat_scar.predict(model.cuda(), x.cuda()).cpu(), on_cpu, rtol=1e-3, atol=1e-3)
 
 
 def test_predict_needs_no_gradient(images):
@@ -2696,11 +2702,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("flag, value", [("allow_tf32", False), ("benchmark", True)])
-def test_a_run_sets_cudnn(flag, value, quick, monkeypatch):
-    """TF32 off, for fgsm's signs; the fastest algorithm for each convolution is looked for."""
+def test_a_run_sets_cudnn(flag, value, precision, quick, monkeypatch):
+    """TF32 off, for fgsm's signs, in bf16 too; the fastest convolutions are looked for."""
     monkeypatch.setattr(torch.backends.cudnn, flag, not value)
-    quick("--epochs", 1)
+    quick("--epochs", 1, "--precision", precision)
     assert getattr(torch.backends.cudnn, flag) == value
 
 
