@@ -2694,7 +2694,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(
     """Before the epoch's checkpoint."""
 
     def batch_loss(model, *inputs):
-        return loss * model.linear.weight.sum() ** 2, {}
+        return loss + 0 * model.linear.weight.sum(), {}  # without an effect on the weights
 
     monkeypatch.setattr(vat_scar, "batch_loss", batch_loss)
     sentence = refusal(capsys, vat_scar, *SMALL, "--out", tmp_path / "run")
