@@ -3168,6 +3168,8 @@ def test_a_run_resumes_with_another(option, unfinished, few_images, scalars, com
     expected = read_rows(unfinished / "metrics.csv")[-1]["accuracy"]
     result = run(vat_scar, unfinished, "--eps", 8, option)
     assert result["final_accuracy"] == float(expected)
+    args = vat_scar.parse_args([*SMALL, "--out", str(unfinished), "--eps", "8", option])
+    assert result["args"] == vars(args)
 
 
 def test_omitted_options_are_settled_before_settings_are_compared(
