@@ -20,9 +20,9 @@ class Block(nn.Module):
     def __init__(self, channels_in, channels_out, stride, activate_shortcut=False):
         super().__init__()
         self.activate_shortcut = activate_shortcut
-        self.bn1 = nn.BatchNorm2d(channels_in)
+        self.bn1 = nn.BatchNorm2d(channels_in, eps=1e-3)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.bn2 = nn.BatchNorm2d(channels_out, eps=1e-3)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
         self.shortcut = nn.Identity()
         if channels_in != channels_out:
@@ -42,8 +42,9 @@ class WideResNet(nn.Module):
 
     forward: float [N, 3, H, W] in [0, 1] -> logits [N, num_classes]; 1,467,610 parameters at 28-2.
     Raises ValueError for a depth that is not 6n + 4 with n >= 1, or a width below 1.
-    Source: google-research/fixmatch, libml/models.py, but for batch norm's momentum (PyTorch's 0.1)
-    and padding at stride 2 (TensorFlow pads the right and the bottom alone).
+    Source: google-research/fixmatch, libml/models.py, with its eps of 1e-3 in batch norm, but not
+    its momentum (here PyTorch's 0.1) and its padding at stride 2 (TensorFlow pads the right and the
+    bottom alone).
     """
 
     def __init__(self, num_classes=10, depth=28, width=2):
@@ -62,7 +63,7 @@ class WideResNet(nn.Module):
                 channels = channels_out
         self.conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.blocks = nn.Sequential(*blocks)
-        self.bn = nn.BatchNorm2d(channels)
+        self.bn = nn.BatchNorm2d(channels, eps=1e-3)
         self.linear = nn.Linear(channels, num_classes)
 
         for module in self.modules():

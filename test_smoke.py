@@ -196,7 +196,7 @@ def test_initial_weights_have_their_variance():
 @pytest.mark.parametrize("depth, width", [(10, 1), (16, 2), (28, 2)])
 def test_network_matches_its_description(depth, width, training):
     """Against the same network straight from its description, on a state_dict: logits, and the
-    running statistics (momentum 0.1)."""
+    running statistics (momentum 0.1, eps 1e-3)."""
     torch.manual_seed(0)
     model = WideResNet(7, depth, width).double()
     w = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -208,7 +208,8 @@ def test_network_matches_its_description(depth, width, training):
 
     def bn_lrelu(x, name):
         mean, var = w[f"{name}.running_mean"], w[f"{name}.running_var"]
-        x = F.batch_norm(x, mean, var, w[f"{name}.weight"], w[f"{name}.bias"], training, 0.1)
+        scale, shift = w[f"{name}.weight"], w[f"{name}.bias"]
+        x = F.batch_norm(x, mean, var, scale, shift, training, momentum=0.1, eps=1e-3)
         return torch.where(x > 0, x, 0.1 * x)
 
     def conv(x, name, stride=1):
