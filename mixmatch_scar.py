@@ -337,10 +337,15 @@ def make_optimizer(model, args):
 
 
 def schedule(step, total_steps, phase, args):
-    """(lr, lambda_u) at a step: a constant lr; lambda_u rises over 16,384 steps of both phases."""
-    if phase == "finetune":
-        step = total_steps + step
-    return args.lr, min(1.0, step / 16384) * args.lambda_u
+    """(lr, lambda_u) at a step: a constant lr; lambda_u rises in pretraining, then is constant.
+
+    It rises over 2^20 labeled images, 16,384 steps at batch 64, however long the run is: see
+    warmup_kimg in google-research/mixmatch, mixmatch.py.
+    """
+    ramp = 1.0
+    if phase == "pretrain":
+        ramp = min(1.0, step * args.batch_size / 2**20)
+    return args.lr, ramp * args.lambda_u
 
 
 def update_average(average, model, decay):

@@ -1130,15 +1130,19 @@ def test_vats_lambda_u_is_constant_in_fine_tuning():
     assert vat_scar.schedule(0, 10, "finetune", args) == (0.5, 0.7)
 
 
-def test_mixmatchs_lambda_u_rises_over_16384_steps():
-    args = settings(mixmatch_scar, lr=0.5, lambda_u=75)
-    for step, ramp in ((0, 0), (4096, 0.25), (16384, 1), (30000, 1)):
-        assert mixmatch_scar.schedule(step, 40000, "pretrain", args) == (0.5, 75 * ramp)
+@pytest.mark.parametrize("batch_size, last", [(64, 16384), (16, 65536)])
+def test_mixmatchs_lambda_u_rises_over_the_first_1048576_images(batch_size, last):
+    """However long the run is."""
+    args = settings(mixmatch_scar, lr=0.5, lambda_u=75, batch_size=batch_size)
+    for step, ramp in ((0, 0), (last // 4, 0.25), (last, 1), (last + 1000, 1)):
+        for total in (last // 2, 2 * last):
+            assert mixmatch_scar.schedule(step, total, "pretrain", args) == (0.5, 75 * ramp)
 
 
-def test_mixmatchs_lambda_u_goes_on_rising_in_fine_tuning():
-    args = settings(mixmatch_scar, lr=0.5, lambda_u=75)
-    assert mixmatch_scar.schedule(4096, 8192, "finetune", args) == (0.5, 75 * 0.75)
+def test_mixmatchs_lambda_u_is_constant_in_fine_tuning():
+    """Whatever the length of this run: theta~ may come from another."""
+    args = settings(mixmatch_scar, lr=0.5, lambda_u=75, batch_size=64)
+    assert mixmatch_scar.schedule(0, 10, "finetune", args) == (0.5, 75)
 
 
 def by_hand(script, weights, gradients, state, t, lr, decay):
@@ -2001,7 +2005,7 @@ def expected_rates(run, phase, t):
     if run.script is fixmatch_scar:
         return 0.004 * math.cos(7 * math.pi * t / (16 * 6)), 0.6
     if run.script is mixmatch_scar:
-        return 0.004, 0.6 * (t if phase == "pretrain" else 6 + t) / 16384
+        return 0.004, 0.6 * (4 * t / 2**20 if phase == "pretrain" else 1)
     return 0.004, 0.6 * (min(1, t / 2.4) if phase == "pretrain" else 1)
 
 
