@@ -59,10 +59,12 @@ def parse_args(argv=None):
         allow_abbrev=False,
     )
     option = parser.add_argument
+    on_off = argparse.BooleanOptionalAction
     data_sets = ["cifar10", "cifar100", "svhn", "stl10", "folder", "synthetic"]
     option("--data", default="cifar10", choices=data_sets, help="which images to train on")
     option("--data-dir", default="data", help="folder of the images, or to download them to")
     option("--image-size", type=int, default=32, help="images of another size are resized to this")
+    option("--flip", action=on_off, help="mirror images at random; if omitted: yes, but for svhn")
     option("--num-labeled", type=int, help="labels; omitted: 4000, or all if there is unlabeled/")
     option("--val", type=int, default=0, help="score on N training images instead of the test set")
     option("--seed", type=int, default=0, help="seed of the split, the weights and all draws")
@@ -87,7 +89,6 @@ def parse_args(argv=None):
     option("--device", default="auto", choices=devices, help="auto: CUDA if there is a GPU")
     types = ["auto", "bf16", "fp32"]
     option("--precision", default="auto", choices=types, help="auto: bf16 if the GPU supports it")
-    on_off = argparse.BooleanOptionalAction
     option("--compile", action=on_off, help="torch.compile and CUDA graphs; if omitted: on CUDA")
     option("--tensorboard", action="store_true", help="write TensorBoard events as well")
     option("--out", help="folder; runs/<method>__<data>__<select>-eps<eps>__seed<seed> if omitted")
@@ -146,6 +147,8 @@ def resolve_defaults(parser, args):
             args.precision = "bf16"
     if args.compile is None:
         args.compile = args.device == "cuda"
+    if args.flip is None:
+        args.flip = args.data != "svhn"  # as in the methods' papers: no mirrored digits
     if args.out is None:
         selection = f"{args.select}-eps{args.eps:g}"
         args.out = f"runs/{METHOD}__{data_name(args)}__{selection}__seed{args.seed}"
@@ -159,11 +162,11 @@ def data_name(args):
 # ------------------------------------------------------------------------------------- Augmentation
 
 
-def weak_augment(x):
+def weak_augment(x, flip=True):
     """Flips each image with probability 1/2 and shifts it by up to an eighth of its side each way.
 
-    Reflection fills the gap. x: uint8 [N, 3, H, W], else ValueError; returns the same. Source:
-    FixMatch, section 2.3.
+    Reflection fills the gap. x: uint8 [N, 3, H, W], else ValueError; returns the same. flip: False
+    where a mirror image is another thing, such as a digit. Source: FixMatch, section 2.3.
     """
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
         raise ValueError(f"uint8 images [N, 3, H, W] are needed, not {x.dtype} {list(x.shape)}")
@@ -177,8 +180,9 @@ def weak_augment(x):
 
     row = source_of(h)
     column = source_of(w)
-    flip = torch.rand(n, 1, device=x.device) < 0.5
-    column = torch.where(flip, (w - 1) - column, column)
+    if flip:
+        mirrored = torch.rand(n, 1, device=x.device) < 0.5
+        column = torch.where(mirrored, (w - 1) - column, column)
     pixel = (row[:, :, None] * w + column[:, None, :]).view(n, 1, h * w)
     return x.flatten(2).gather(2, pixel.expand(n, 3, h * w)).view(n, 3, h, w)
 
@@ -254,9 +258,9 @@ def mixmatch_loss(
 
 def batch_loss(model, x_l, y_l, x_u, lambda_u, args):
     """MixMatch on uint8 images: augments, then mixmatch_loss. torch.compile compiles this."""
-    x_l = to_float(weak_augment(x_l))
-    x_u1 = to_float(weak_augment(x_u))
-    x_u2 = to_float(weak_augment(x_u))
+    x_l = to_float(weak_augment(x_l, args.flip))
+    x_u1 = to_float(weak_augment(x_u, args.flip))
+    x_u2 = to_float(weak_augment(x_u, args.flip))
     with torch.autocast(x_l.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         return mixmatch_loss(model, x_l, y_l, x_u1, x_u2, args.temperature, args.alpha, lambda_u)
 

@@ -467,18 +467,30 @@ def test_randaugment_on_cuda_is_that_of_the_cpu(one_batch, compiled):
         assert (difference[index::14] > 0).float().mean() <= 0.01, PILLOW[index][0]
 
 
-@pytest.mark.parametrize("h, w", [(32, 32), (48, 40)])
-def test_weak_augment_flips_and_moves(h, w):
-    """Each view is a crop of the reflected image, or of its mirror image; all of them occur."""
+@pytest.fixture(params=[(32, 32), (48, 40)], ids=str)
+def weak(request):
+    """An image, 4,000 times, and all crops of it, reflected at its borders."""
+    h, w = request.param
     image, pads = torch.arange(3 * h * w).view(3, h, w) % 251, [w // 8, w // 8, h // 8, h // 8]
     crops = F.pad(image.float(), pads, mode="reflect").byte().unfold(1, h, 1).unfold(2, w, 1)
     crops = crops.permute(1, 2, 0, 3, 4).flatten(0, 1)
-    names = {c.numpy().tobytes(): i for i, c in enumerate(torch.cat([crops, crops.flip(3)]))}
+    return SimpleNamespace(x=image.byte().expand(4000, 3, h, w), crops=crops)
+
+
+def test_weak_augment_flips_and_moves(weak):
+    """Each view is a crop, or a crop's mirror image; all of them occur."""
+    names = image_bytes(torch.cat([weak.crops, weak.crops.flip(3)]))
     torch.manual_seed(0)
-    views = fixmatch_scar.weak_augment(image.byte().expand(4000, 3, h, w))
-    seen = [names[view.numpy().tobytes()] for view in views]
-    assert set(seen) == set(range(2 * len(crops)))
-    assert 0.45 < np.mean(np.array(seen) < len(crops)) < 0.55
+    seen = [names.index(view) for view in image_bytes(fixmatch_scar.weak_augment(weak.x))]
+    assert set(seen) == set(range(len(names)))
+    assert 0.45 < np.mean(np.array(seen) < len(weak.crops)) < 0.55
+
+
+def test_weak_augment_without_flips_moves(weak):
+    """Each view is a crop; all of them occur."""
+    torch.manual_seed(0)
+    views = fixmatch_scar.weak_augment(weak.x, flip=False)
+    assert set(image_bytes(views)) == set(image_bytes(weak.crops))
 
 
 def test_weak_augment_moves_by_an_eighth_of_a_large_side():
@@ -489,21 +501,21 @@ def test_weak_augment_moves_by_an_eighth_of_a_large_side():
     assert set(rows.tolist()) == set(range(48 - 12, 48 + 12 + 1))
 
 
-@pytest.fixture(params=[(32, 32), (50, 38)], ids=str)
+@pytest.fixture(params=[(32, 32, True), (50, 38, False)], ids=str)
 def strong(request, monkeypatch):
     """strong_augment of one image 500 times, each operation replaced by adding 1."""
-    h, w = request.param
+    h, w, flip = request.param
     x = (
         (torch.arange(3 * h * w) % 100).byte().view(3, h, w).expand(500, 3, h, w)
     )  # + 2 is below the square's 127
     torch.manual_seed(0)
-    weak = fixmatch_scar.weak_augment(x)
+    weak = fixmatch_scar.weak_augment(x, flip)
     drawn = []
     monkeypatch.setattr(
         fixmatch_scar, "randaugment_op", lambda x, *draw: drawn.append(draw) or x + 1
     )
     torch.manual_seed(0)
-    result = strong_augment(x)
+    result = strong_augment(x, flip)
     return SimpleNamespace(h=h, w=w, x=x, weak=weak, drawn=drawn, result=result)
 
 
@@ -875,9 +887,11 @@ LOSS_OPTIONS = {  # of each method, none at its default; and what the loss gets
 }
 
 
+@pytest.mark.parametrize("flip, more", [("--flip", 0), ("--no-flip", 10)])
 @each_script
-def test_batch_loss_hands_the_loss_its_views_and_options(script, monkeypatch):
-    """weak_augment adds 1 and strong_augment 2, so that a view tells where it comes from."""
+def test_batch_loss_hands_the_loss_its_views_and_options(script, flip, more, monkeypatch):
+    """weak_augment adds 1 and strong_augment 2, and 10 more without flips, so that a view tells
+    where it comes from."""
     loss = getattr(script, f"{script.METHOD}_loss")
     calls = []
 
@@ -885,8 +899,11 @@ def test_batch_loss_hands_the_loss_its_views_and_options(script, monkeypatch):
         calls.append(inspect.signature(loss).bind(*inputs, **named).arguments)
         return "a loss", "metrics"
 
-    monkeypatch.setattr(script, "weak_augment", lambda x: x + 1)
-    monkeypatch.setattr(script, "strong_augment", lambda x: x + 2, raising=False)
+    def fake(amount):
+        return lambda x, flip: x + amount + (0 if flip else 10)
+
+    monkeypatch.setattr(script, "weak_augment", fake(1))
+    monkeypatch.setattr(script, "strong_augment", fake(2), raising=False)
     monkeypatch.setattr(script, f"{script.METHOD}_loss", noting)
     options, expected = LOSS_OPTIONS[script.METHOD]
     views = {
@@ -895,10 +912,10 @@ def test_batch_loss_hands_the_loss_its_views_and_options(script, monkeypatch):
         "fixmatch": {"x_weak": 101, "x_strong": 102},
     }
     x_l, x_u = (torch.full((4, 3, 8, 8), value, dtype=torch.uint8) for value in (10, 100))
-    args = script.parse_args(["--lambda-u", "0.7", "--precision", "fp32", *options.split()])
+    args = script.parse_args(["--lambda-u", "0.7", "--precision", "fp32", flip, *options.split()])
     result = script.batch_loss("a model", x_l, "labels", x_u, 0.123, args)
     for name, value in {"x_l": 11, **views[script.METHOD]}.items():
-        expected = {**expected, name: torch.full((4, 3, 8, 8), value / 255)}
+        expected = {**expected, name: torch.full((4, 3, 8, 8), (value + more) / 255)}
     expected = {**expected, "model": "a model", "y_l": "labels", "lambda_u": 0.123}
     assert result == ("a loss", "metrics") and len(calls) == 1
     assert calls[0].keys() == expected.keys()
@@ -1616,6 +1633,7 @@ DEFAULTS = {
     "data": "cifar10",
     "data_dir": "data",
     "image_size": 32,
+    "flip": True,
     "num_labeled": None,
     "val": 0,
     "seed": 0,
@@ -1677,13 +1695,21 @@ def test_defaults(script):
 @pytest.mark.parametrize("data", ["cifar100", "svhn", "stl10", "folder", "synthetic"])
 @each_script
 def test_takes_each_data_set_and_changes_no_other_default(script, data):
+    """But for svhn's digits, which are not flipped."""
     args = vars(script.parse_args(["--device", "cpu", "--data", data, "--out", "runs/mine"]))
     assert args == {
         **DEFAULTS,
         **OWN_DEFAULTS[script.METHOD],
         "data": data,
+        "flip": data != "svhn",
         "out": "runs/mine",
     }
+
+
+@each_script
+def test_flips_are_as_asked_for_whatever_the_data(script):
+    assert script.parse_args(["--data", "svhn", "--flip"]).flip is True
+    assert script.parse_args(["--no-flip"]).flip is False
 
 
 @pytest.mark.parametrize(
@@ -2380,6 +2406,7 @@ ACTS_ON = {
     "--lambda-u 0.3": TRAINING,
     "--threshold 0.95": TRAINING,
     "--precision bf16": TRAINING,
+    "--no-flip": TRAINING,
     "--batch-size 5": TRAINING | BATCHES,
     "--mu 3": TRAINING | {"unlabeled batches"},
     "--val 30": TRAINING | BATCHES | {"scored images"},
@@ -2960,8 +2987,8 @@ def exchanged(as_process, few, tmp_path, monkeypatch):
 
     def start(script):
         monkeypatch.setattr(script, "WideResNet", Plain)
-        monkeypatch.setattr(script, "weak_augment", lambda x: x)
-        monkeypatch.setattr(script, "strong_augment", lambda x: 255 - x, raising=False)
+        monkeypatch.setattr(script, "weak_augment", lambda x, flip: x)
+        monkeypatch.setattr(script, "strong_augment", lambda x, flip: 255 - x, raising=False)
         monkeypatch.setattr(script, "vat_direction", direction, raising=False)
         monkeypatch.setattr(script, "schedule", lambda step, total, phase, args: (0.1, 0.6))
         argv = "--epochs 1 --steps-per-epoch 1 --select none".split()
@@ -3191,6 +3218,7 @@ def test_omitted_options_are_settled_before_settings_are_compared(
 OTHER_SETTINGS = {
     "data": "cifar10",
     "image_size": 28,
+    "flip": False,
     "num_labeled": 90,
     "val": 40,
     "seed": 4,
@@ -3217,8 +3245,13 @@ OTHER_SETTINGS = {
 def command_line(settings):
     words = []
     for name, value in settings.items():
-        words.append(f"--{name.replace('_', '-')}")
-        words.extend(map(str, value if isinstance(value, list) else [value]))
+        option = name.replace("_", "-")
+        if value is False:
+            words.append(f"--no-{option}")
+        elif isinstance(value, list):
+            words += [f"--{option}", *map(str, value)]
+        else:
+            words += [f"--{option}", str(value)]
     return words
 
 
