@@ -677,8 +677,9 @@ def main(argv=None):
     if any(out.glob("[!.]*")) and not (out / "args.json").exists():
         sys.exit(f"error: {out} is not empty and holds no run; choose another --out")
     if args.pretrained is not None:
-        folder = Path(args.pretrained).parent
-        check_same_settings(folder, settings, ["method", "data", "num_labeled", "seed"])
+        # theta~ must be of the same network, images and split; all else may differ
+        must_agree = "method depth width data classes image_size flip num_labeled val seed".split()
+        check_same_settings(Path(args.pretrained).parent, settings, must_agree)
     if (out / "result.json").exists():
         result = load_json(out / "result.json")
         print_tables(result, out)

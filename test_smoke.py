@@ -3324,24 +3324,44 @@ def test_another_method_and_other_classes_are_refused(
     assert f"classes was {SHAPES}, now" in refusal(capsys, vat_scar, *argv, "--eps", 8)
 
 
-@pytest.mark.parametrize(
-    "script, options, sentence",
-    [
-        (fixmatch_scar, "", "method was vat, now fixmatch"),
-        (vat_scar, "--data cifar10", "data was synthetic, now cifar10"),
-        (vat_scar, "--num-labeled 90", "num_labeled was 100, now 90"),
-        (vat_scar, "--seed 4", "seed was 0, now 4"),
-        (vat_scar, "--depth 16", "pretrain.pt holds no weights of this network"),
-        (vat_scar, "--width 2", "pretrain.pt holds no weights of this network"),
-    ],
-)
-def test_another_runs_theta_is_refused(
-    script, options, sentence, uninterrupted, few_images, tmp_path, capsys
+THETAS_SETTINGS = "data image_size flip num_labeled val seed depth width".split()
+
+
+@pytest.mark.parametrize("name", THETAS_SETTINGS)
+def test_another_runs_theta_is_refused_by_the_settings_name(
+    name, uninterrupted, few_images, tmp_path, capsys
+):
+    """Its network, its images or their split were others."""
+    out = uninterrupted(vat_scar)
+    was = json.loads((out / "args.json").read_text())[name]
+    now = OTHER_SETTINGS[name]
+    other = command_line({name: now})
+    argv = [*SMALL, "--pretrained", out / "pretrain.pt", "--out", tmp_path / "run", *other]
+    sentence = refusal(capsys, vat_scar, *argv)
+    assert sentence.startswith(f"{out} is of other settings ({name} was {was}, now {now})")
+    assert not any(tmp_path.iterdir())
+
+
+def test_theta_of_another_method_or_other_classes_is_refused(
+    uninterrupted, few_images, tmp_path, monkeypatch, capsys
 ):
     theta = uninterrupted(vat_scar) / "pretrain.pt"
-    argv = [*SMALL, "--pretrained", theta, "--out", tmp_path / "run", *options.split()]
-    assert sentence in refusal(capsys, script, *argv)
+    argv = [*SMALL, "--pretrained", theta, "--out", tmp_path / "run"]
+    assert "(method was vat, now fixmatch)" in refusal(capsys, fixmatch_scar, *argv)
+    monkeypatch.setattr(vat_scar, "image_names", lambda *args: (["cat"] * 10, [], []))
+    assert f"(classes was {SHAPES}, now" in refusal(capsys, vat_scar, *argv)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--depth=16", "--width=2"])
+def test_theta_without_its_run_must_fit_the_network(
+    option, uninterrupted, few_images, tmp_path, capsys
+):
+    """A file that somebody copied tells nothing but its weights."""
+    theta = tmp_path / "theta.pt"
+    shutil.copy(uninterrupted(vat_scar) / "pretrain.pt", theta)
+    argv = [*SMALL, "--pretrained", theta, "--out", tmp_path / "run", option]
+    assert refusal(capsys, vat_scar, *argv) == f"{theta} holds no weights of this network"
 
 
 def test_pretrained_refuses_a_checkpoint(uninterrupted, few_images, tmp_path, capsys):
@@ -3351,10 +3371,14 @@ def test_pretrained_refuses_a_checkpoint(uninterrupted, few_images, tmp_path, ca
     assert sentence == f"{checkpoint} holds no weights of this network"
 
 
-def test_theta_may_be_fine_tuned_with_other_epochs_and_lr(uninterrupted, few_images, tmp_path):
+def test_theta_may_be_fine_tuned_in_other_ways(uninterrupted, few_images, tmp_path):
+    """With all that is not its network, its images or their split at another value."""
     theta = uninterrupted(vat_scar) / "pretrain.pt"
-    run(vat_scar, tmp_path / "run", "--pretrained", theta, "--epochs", 1, "--lr", 0.01)
-    assert len(read_rows(tmp_path / "run" / "metrics.csv")) == 1
+    others = {name: now for name, now in OTHER_SETTINGS.items() if name not in THETAS_SETTINGS}
+    assert {"epochs", "lr", "lambda_u", "vat_eps", "batch_size"} <= others.keys()
+    result = run(vat_scar, tmp_path / "run", "--pretrained", theta, *command_line(others))
+    assert others.items() <= result["args"].items()
+    assert len(read_rows(tmp_path / "run" / "metrics.csv")) == 3
 
 
 def test_a_folder_that_holds_no_run_is_refused(few_images, tmp_path, capsys):
