@@ -261,7 +261,10 @@ def batch_loss(model, x_l, y_l, x_u, lambda_u, args):
     x_l = to_float(weak_augment(x_l, args.flip))
     x_u1 = to_float(weak_augment(x_u, args.flip))
     x_u2 = to_float(weak_augment(x_u, args.flip))
-    with torch.autocast(x_l.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+    # Without the cache: in torch 2.6 the training forward would get the bf16 weights that the guess
+    # has cast, which have no gradient
+    bf16 = args.precision == "bf16"
+    with torch.autocast(x_l.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
         return mixmatch_loss(model, x_l, y_l, x_u1, x_u2, args.temperature, args.alpha, lambda_u)
 
 

@@ -941,6 +941,20 @@ def test_precision_sets_autocast_around_the_loss(script, precision, monkeypatch)
     assert seen == [{"fp32": None, "bf16": torch.bfloat16}[precision]]
 
 
+def test_mixmatchs_autocast_keeps_no_casts(monkeypatch):
+    """The guess is made without gradient, and in torch 2.6 the kept casts would have none."""
+    seen = []
+
+    def noting(*inputs, **named):
+        seen.append(torch.is_autocast_cache_enabled())
+
+    monkeypatch.setattr(mixmatch_scar, "mixmatch_loss", noting)
+    x = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    args = mixmatch_scar.parse_args(["--precision", "bf16"])
+    mixmatch_scar.batch_loss(None, x, None, x, 1.0, args)
+    assert seen == [False]
+
+
 @each_script
 def test_losses_of_bf16_logits_are_computed_in_float32(script):
     """As if the model had given the same numbers as float32."""
