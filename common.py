@@ -42,9 +42,9 @@ class WideResNet(nn.Module):
 
     forward: float [N, 3, H, W] in [0, 1] -> logits [N, num_classes]; 1,467,610 parameters at 28-2.
     Raises ValueError for a depth that is not 6n + 4 with n >= 1, or a width below 1.
-    Source: google-research/fixmatch, libml/models.py, with its eps of 1e-3 in batch norm, but not
-    its momentum (here PyTorch's 0.1) and its padding at stride 2 (TensorFlow pads the right and the
-    bottom alone).
+    Source: google-research/fixmatch, libml/models.py, with its eps of 1e-3 in batch norm. Three
+    things differ: convolutions have no bias, batch norm's momentum is PyTorch's 0.1, and at stride
+    2 all sides are padded (TensorFlow pads the right and the bottom alone).
     """
 
     def __init__(self, num_classes=10, depth=28, width=2):

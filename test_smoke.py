@@ -501,21 +501,21 @@ def test_weak_augment_moves_by_an_eighth_of_a_large_side():
     assert set(rows.tolist()) == set(range(48 - 12, 48 + 12 + 1))
 
 
-@pytest.fixture(params=[(32, 32, True), (50, 38, False)], ids=str)
+@pytest.fixture(params=[(32, 32, {"flip": False}), (50, 38, {})], ids=str)
 def strong(request, monkeypatch):
     """strong_augment of one image 500 times, each operation replaced by adding 1."""
-    h, w, flip = request.param
+    h, w, options = request.param
     x = (
         (torch.arange(3 * h * w) % 100).byte().view(3, h, w).expand(500, 3, h, w)
     )  # + 2 is below the square's 127
     torch.manual_seed(0)
-    weak = fixmatch_scar.weak_augment(x, flip)
+    weak = fixmatch_scar.weak_augment(x, **options)
     drawn = []
     monkeypatch.setattr(
         fixmatch_scar, "randaugment_op", lambda x, *draw: drawn.append(draw) or x + 1
     )
     torch.manual_seed(0)
-    result = strong_augment(x, flip)
+    result = strong_augment(x, **options)
     return SimpleNamespace(h=h, w=w, x=x, weak=weak, drawn=drawn, result=result)
 
 
@@ -942,7 +942,7 @@ def test_precision_sets_autocast_around_the_loss(script, precision, monkeypatch)
 
 
 def test_mixmatchs_autocast_keeps_no_casts(monkeypatch):
-    """The guess is made without gradient, and in torch 2.6 the kept casts would have none."""
+    """The guess is made without gradient; casts that torch 2.5 and 2.6 keep of it have none."""
     seen = []
 
     def noting(*inputs, **named):
