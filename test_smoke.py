@@ -4280,7 +4280,7 @@ def test_a_runs_own_result_makes_the_tables(watched, tables, capsys):
     assert f"| {name} + SCAR (eps {watched.eps}) | {accuracy} (n = 1) |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("folder", ["cpu", "h100"])
+@pytest.mark.parametrize("folder", ["cpu", "h100", "supervised"])
 def test_results_have_the_tables_of_their_files(folder, tables, tmp_path, capsys):
     shutil.copytree(HERE / "results" / folder, tmp_path / folder)
     assert tables.main([str(tmp_path / folder)]) == 0
