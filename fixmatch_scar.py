@@ -562,7 +562,10 @@ def check_same_settings(folder, settings, names):
             differences.append(f"{name} was {saved.get(name)}, now {settings[name]}")
     if differences:
         differences = "; ".join(differences)
-        sys.exit(f"error: {folder} is of other settings ({differences}); choose another folder")
+        sys.exit(
+            f"error: {folder} is of other settings ({differences}); "
+            "give those, or choose another folder"
+        )
 
 
 def begin_folder(out, settings):
