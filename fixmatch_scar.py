@@ -12,9 +12,9 @@ for as many epochs again. The second command is the control: the same with nothi
 PAPER, in the comments: Yang, Kim and Kim, "Improving Performance of Semi-Supervised Learning by
 Adversarial Attacks", which reports 94.13 % for FixMatch and 95.17 % with SCAR. FixMatch: Sohn et
 al. 2020, arXiv:2001.07685, and google-research/fixmatch.
-Measured on CIFAR-10 as JPEG files, 9 + 9 epochs, seed 0, bf16, torch 2.11, one H100 (8.9 ms a
-step), when batch norm's eps was 1e-5: 79.82 % after FixMatch, 81.86 % with SCAR, 82.96 % in the
-control. After such short pretraining SCAR did worse than the control (one seed).
+Measured on CIFAR-10 as JPEG files, 9 + 9 epochs, seed 0, bf16, torch 2.11, one H100, when batch
+norm's eps was 1e-5: 79.82 % after FixMatch, 81.86 % with SCAR, 82.96 % in the control. After such
+short pretraining SCAR did worse than the control (one seed). A step takes 8.9 ms alone on the GPU.
 """
 
 import argparse
@@ -325,7 +325,8 @@ def fixmatch_loss(model, x_l, y_l, x_weak, x_strong, threshold, lambda_u):
     logits = model(torch.cat([x_l, x_strong])).float()
     logits_l, logits_strong = logits.tensor_split([len(x_l)])
     # The weak views go through a forward of their own: without gradient, normalized by their own
-    # batch statistics; the running statistics move with them too.
+    # batch statistics; the running statistics move with them too. It comes second: before PyTorch's
+    # pull request 165068, autocast would reuse bf16 weights that were cast without gradient.
     with torch.no_grad():
         prob = model(x_weak).float().softmax(dim=1)
     confidence, pseudo_label = prob.max(dim=1)
