@@ -365,7 +365,8 @@ def select_clean(model, x, eps):
     """
     model.eval()
     keep, pseudo = [], []
-    for images in x.split(500):
+    images_at_once = max(1, 64 * 32 * 32 // (x.shape[2] * x.shape[3]))  # 64 of 32 x 32 pixels
+    for images in x.split(images_at_once):
         images = to_float(images)
         label = model(images).argmax(dim=1)  # line 5
         attacked = fgsm(model, images, label, eps)  # line 6
@@ -455,8 +456,9 @@ def update_average(average, model, decay):
 def predict(model, x):
     """Logits [N, C] for images [N, 3, H, W], uint8 or float; leaves the model in eval mode."""
     model.eval()
+    images_at_once = max(1, 128 * 32 * 32 // (x.shape[2] * x.shape[3]))  # 128 of 32 x 32 pixels
     with torch.no_grad():
-        return torch.cat([model(to_float(images)) for images in x.split(500)])
+        return torch.cat([model(to_float(images)) for images in x.split(images_at_once)])
 
 
 def evaluate(model, x, y):
@@ -645,9 +647,12 @@ def selection_picture(x, keep, pseudo, y, classes):
 
     x: uint8 [N, 3, H, W]; keep: bool [N]; pseudo, y: int64 [N], predicted and true labels. Returns
     a Pillow image. A frame is green where the label is right, red where wrong, grey where y is -1.
+    Only the first 100 classes are drawn, and images at 96 x 96 pixels if they are larger.
     """
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
-    side = x.shape[3] + 6
+    classes = classes[:100]
+    size = min(x.shape[3], 96)
+    side = size + 6
     font = ImageFont.load_default()
     left = 12 + round(max(font.getlength(name) for name in classes))
     picture = Image.new("RGB", (left + 17 * side, 16 + len(classes) * side), "white")
@@ -666,7 +671,7 @@ def selection_picture(x, keep, pseudo, y, classes):
                 corner = left_edge + i * side, 16 + label * side
                 far_corner = corner[0] + side - 3, corner[1] + side - 3
                 pen.rectangle([corner, far_corner], colour)
-                image = Image.fromarray(x[n].permute(1, 2, 0).cpu().numpy())
+                image = Image.fromarray(x[n].permute(1, 2, 0).cpu().numpy()).resize((size, size))
                 picture.paste(image, (corner[0] + 2, corner[1] + 2))
     return picture
 
@@ -836,9 +841,8 @@ def main(argv=None):
             # so one selection between the phases gives the same images.
             # Lines 5 to 8: theta~ labels every unlabeled image, FGSM attacks it, and the image is
             # kept if the label withstands the attack
-            pool = x[unlabeled]
-            keep, pseudo = select_clean(average, pool, args.eps / 255)
-            logits = predict(average, pool)
+            keep, pseudo = select_clean(average, x[unlabeled], args.eps / 255)
+            logits = predict(average, x[unlabeled])
             if args.select == "confidence":  # the baseline: as many, but the most confident ones
                 keep = select_confident(logits, int(keep.sum()))
             elif args.select == "none":  # the control
@@ -854,9 +858,10 @@ def main(argv=None):
 
             # ---- The report. The true labels of the unlabeled images are used for it alone
             save(weights_of(average), out / "pretrain.pt")
-            picture = selection_picture(pool, keep, pseudo, y[unlabeled], classes)
+            picture = selection_picture(x[unlabeled], keep, pseudo, y[unlabeled], classes)
             save(picture, out / "selection.png")
             confidence = logits.softmax(dim=1).amax(dim=1)
+            del logits  # with a thousand classes larger than the images
             report = {
                 "pretrain_accuracy": evaluate(average, x_test, y_test),
                 "selection": {  # images without a true label count in the first two and the last

@@ -1054,7 +1054,7 @@ class Brightness(nn.Module):
 def grey_images():
     """510 uint8 images, more than go through the model at once: 85 times six levels of grey."""
     values = torch.tensor([0, 120, 126, 127, 129, 255], dtype=torch.uint8)
-    return values.repeat(85).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+    return values.repeat(85).view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
 
 
 @pytest.mark.parametrize("scale", [None, 255], ids=["uint8", "float"])
@@ -1084,6 +1084,35 @@ def test_select_clean_is_algorithm_1_with_ten_classes(few):
 
 def test_select_clean_with_eps_0_keeps_all(grey_images):
     assert vat_scar.select_clean(Brightness(), grey_images, 0.0)[0].all()
+
+
+@pytest.mark.parametrize(
+    "name, side, at_once",
+    [
+        ("select_clean", 16, 256),
+        ("select_clean", 32, 64),
+        ("select_clean", 96, 7),
+        ("select_clean", 300, 1),
+        ("predict", 16, 512),
+        ("predict", 32, 128),
+        ("predict", 96, 14),
+        ("predict", 400, 1),
+    ],
+)
+def test_the_model_gets_as_many_pixels_at_once_as_64_or_128_small_images_have(name, side, at_once):
+    """So that large images need no more memory here than in training."""
+    seen = []
+
+    class Seeing(Brightness):
+        def forward(self, x):
+            seen.append(len(x))
+            return super().forward(x)
+
+    x = torch.zeros(at_once + 1, 3, side, side, dtype=torch.uint8)
+    function = getattr(vat_scar, name)
+    function(Seeing(), x, 1 / 255) if name == "select_clean" else function(Seeing(), x)
+    forwards = 3 if name == "select_clean" else 1  # the labels, the attack, the labels again
+    assert seen == [at_once] * forwards + [1] * forwards
 
 
 def test_select_clean_leaves_the_model_in_eval_mode_and_its_statistics_alone(grey_images):
@@ -1246,9 +1275,9 @@ def test_update_average_leaves_the_model_alone(two_batch_norms):
 
 
 def test_predict_is_the_models_logits_in_eval_mode(images):
-    """510 images, more than go through the model at once; uint8 or float."""
+    """260 images, more than go through the model at once; uint8 or float."""
     model = WideResNet(10, 10, 1).train()
-    x = images[0][:510, :, ::2, ::2]
+    x = images[0][:260]
     with torch.no_grad():
         expected = copy.deepcopy(model).eval()(x.float() / 255)
     for images_of_a_kind in (x, x / 255):
@@ -1590,6 +1619,16 @@ def test_picture_labels_its_rows_and_columns(monkeypatch):
     for row, name in enumerate(["cat", "dog"]):
         assert 16 + 14 * row <= texts[name][1] < 16 + 14 * (row + 1)
         assert texts[name][0] < left
+
+
+def test_picture_has_at_most_100_rows_of_images_of_at_most_96_pixels():
+    x = torch.full((8, 3, 200, 200), 50, dtype=torch.uint8)
+    x[:, :, :, 100:] = 150
+    label = torch.arange(8)
+    picture = vat_scar.selection_picture(x, label < 9, label, label, ["a"] * 1000)
+    assert picture.height == 16 + 100 * (96 + 6)
+    row = np.asarray(picture)[16 + 50, picture.width - 17 * 102 :, 0]
+    assert (row[2:42] == 50).all() and (row[56:98] == 150).all() and (row[100:200] == 255).all()
 
 
 def test_picture_draws_images_at_random(picture):
