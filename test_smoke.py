@@ -3906,9 +3906,10 @@ def write_run(root, name, before, after, theta=None, args=None, **changes):
     """The result.json of a finished FixMatch run, from the pretraining of the run called theta."""
     args = {**SETTINGS, **(args or {})}
     if theta is not None:
-        args["pretrained"] = f"elsewhere/{theta}/pretrain.pt"
+        args["pretrained"] = "elsewhere/pretrain.pt"
     result = {
         "method": "fixmatch",
+        "theta": f"the hash of {theta or name}'s",
         "data": "CIFAR-10",
         "select": "fgsm",
         "eps": 1.0,
@@ -4019,10 +4020,43 @@ def test_controls_are_paired_by_theta(tmp_path, made):
     assert rows["FixMatch, lr 0.2 + SCAR (eps 1)"]["gain over control"] == "-1.00 (n = 1)"
 
 
-def test_scar_without_a_control_is_noted(three_seeds, made):
-    assert f"- {SCAR} lacks a control" in made().text
+def test_thetas_are_told_apart_by_their_weights_not_by_their_folders(tmp_path, made):
+    """scar was deleted and run again; the old one's control must not count for the new one."""
+    write_run(tmp_path, "control", 80, 81, theta="the old scar", select="none")
+    write_run(tmp_path, "scar", 90, 94)
+    made_tables = made()
+    assert made_tables.rows[SCAR]["gain over control"] == "-"
+    assert CONTROL not in made_tables.rows
+    assert "- left out: control; no run here pretrained its theta~" in made_tables.text
+    write_run(tmp_path, "another-control", 90, 91, theta="scar", select="none")
+    assert made().rows[SCAR]["gain over control"] == "+3.00 (n = 1)"
+
+
+def test_results_of_earlier_versions_are_paired_by_their_folders(tmp_path, made):
+    """They have no hash."""
+    write_run(tmp_path, "scar", 80, 84)
+    write_run(tmp_path, "control", 80, 81, theta="scar", select="none")
+    for name, pretrained in (("scar", None), ("control", "runs/scar/pretrain.pt")):
+        path = tmp_path / name / "result.json"
+        result = json.loads(path.read_text())
+        del result["theta"]
+        result["args"]["pretrained"] = pretrained
+        path.write_text(json.dumps(result))
+    assert made().rows[SCAR]["gain over control"] == "+3.00 (n = 1)"
+
+
+def test_scar_without_a_control_is_named(three_seeds, made):
+    note = f"- {SCAR}: no control, which tells what more epochs alone gain, starts from the same "
+    assert f"{note}theta~, so left out of the gain over control: scar2\n" in made().text
     write_run(three_seeds, "control2", 90, 92, theta="scar2", select="none", seed=2)
-    assert "lacks a control" not in made().text
+    assert "no control" not in made().text
+
+
+def test_another_selection_without_a_control_is_named_too(tmp_path, made):
+    write_run(tmp_path, "scar", 80, 84)
+    write_run(tmp_path, "surest", 80, 84, theta="scar", select="confidence")
+    row = "FixMatch + the most confident (as many as eps 1 keeps)"
+    assert f"- {row}: no control, " in made().text
 
 
 def test_labels_added_come_from_the_selection(three_seeds, made):
@@ -4078,6 +4112,28 @@ def test_where_nothing_was_kept_there_is_no_rate(tmp_path, made):
     write_run(tmp_path, "scar1", 80, 84, seed=1, selection=counts(3, 4, 3, 9))
     added = made().rows[SCAR]["labels added, right (%)"]
     assert added == "75.00 (n = 1), on average 1.5/2.0"
+
+
+@pytest.mark.parametrize(
+    "known, cell",
+    [
+        (counts(0, 0, 0, 0), "85 whose true label is unknown"),
+        (counts(6, 8, 0, 0), "75.00 (6/8), and 77 whose true label is unknown"),
+        (counts(60, 85, 0, 0), "70.59 (60/85)"),
+    ],
+    ids=["none", "some", "all"],
+)
+def test_labels_added_of_unknown_truth_are_counted(known, cell, tmp_path, made):
+    """Of 85 images that joined, none, 8, or all have a true label."""
+    write_run(tmp_path, "scar", 80, 84, selection={**known, "added": 85})
+    assert made().rows[SCAR]["labels added, right (%)"] == cell
+
+
+def test_labels_added_of_unknown_truth_are_a_mean_over_seeds(tmp_path, made):
+    for seed in (0, 1):
+        selection = {**counts(0, 0, 0, 0), "added": 80 + 5 * seed}
+        write_run(tmp_path, f"scar{seed}", 80, 84, seed=seed, selection=selection)
+    assert made().rows[SCAR]["labels added, right (%)"] == "82.5 whose true label is unknown"
 
 
 @pytest.mark.parametrize(
@@ -4203,6 +4259,70 @@ def test_other_data_have_tables_of_their_own(tmp_path, made):
     assert len(re.findall("^## (?:CIFAR-10|svhn), ", made().text, re.MULTILINE)) == 2
 
 
+def test_other_images_under_the_same_name_have_tables_of_their_own(tmp_path, made):
+    """And say which they are."""
+    write_run(tmp_path, "a", 80, 84, data="images", images="12 + 6, hash 17")
+    write_run(tmp_path, "b", 90, 91, seed=1, data="images", images="12 + 6, hash 18")
+    text = made().text
+    assert len(re.findall("^## images, ", text, re.MULTILINE)) == 2
+    for images in ("12 + 6, hash 17", "12 + 6, hash 18"):
+        assert text.count(f"- 0.5 hours on a CPU, torch 2.11; images {images}\n") == 1
+
+
+@pytest.fixture
+def another_length(tmp_path):
+    """From one pretraining of an epoch of 3 steps: SCAR as long, and both for 5 epochs of 9."""
+    args = {"epochs": 1}
+    write_run(tmp_path, "a", 80, 84, args=args)
+    longer = {"epochs": 5, "steps_per_epoch": 9, "batch_size": 8}
+    write_run(tmp_path, "b", 80, 88, theta="a", args=longer)
+    write_run(tmp_path, "c", 80, 87, theta="a", args=longer, select="none")
+    return tmp_path
+
+
+def test_a_fine_tuning_of_another_length_is_titled_by_both(another_length, made):
+    heads = re.findall("^## CIFAR-10, 40 labels, WRN-10-1, (.*)$", made().text, re.MULTILINE)
+    assert heads == [
+        "1 + 1 epochs of 3 steps, batch 4",
+        "1 + 5 epochs of 3 then 9 steps, batch 4 then 8",
+    ]
+
+
+def test_a_fine_tuning_of_another_length_has_its_own_rows(another_length, made):
+    """The pretraining's accuracy too, and the gain over a control as long."""
+    _, same_length, longer = made().text.split("## ")
+    assert "| FixMatch | 94.13 | 80.00 (n = 1) |" in same_length
+    assert "| FixMatch | 94.13 | 80.00 (n = 1) |" in longer
+    assert "| 88.00 (n = 1) | +8.00 (n = 1) | +1.00 (n = 1) |" in longer
+    assert "88.00" not in same_length and "84.00" not in longer
+
+
+def test_a_setting_of_the_fine_tuning_alone_is_named_beside_the_pretrainings(tmp_path, made):
+    write_run(tmp_path, "a", 80, 84)
+    write_run(tmp_path, "b", 80, 83, theta="a", args={"lr": 0.1})
+    rows = made().rows
+    assert rows["FixMatch, lr 0.03 + SCAR (eps 1)"]["ours"] == "84.00 (n = 1)"
+    assert rows["FixMatch, lr 0.03 then 0.1 + SCAR (eps 1)"]["ours"] == "83.00 (n = 1)"
+    assert "FixMatch, lr 0.03" in rows and "FixMatch, lr 0.03 then 0.1" not in rows
+
+
+@pytest.mark.parametrize("before, now, label", [(7, 1, "mu 7 then 1"), (1, 7, "mu 1 then 7")])
+def test_a_setting_that_another_method_lacks_is_named_where_it_changes(
+    before, now, label, tmp_path, made
+):
+    write_run(tmp_path, "a", 80, 84, args={"mu": before})
+    write_run(tmp_path, "b", 80, 83, theta="a", args={"mu": now})
+    assert made().rows[f"FixMatch, {label} + SCAR (eps 1)"]["ours"] == "83.00 (n = 1)"
+
+
+def test_a_control_on_a_copy_of_the_images_is_the_control(tmp_path, made):
+    """In a folder of another name."""
+    write_run(tmp_path, "scar", 80, 84, data="mine", images="12 + 6, hash 17")
+    options = {"theta": "scar", "select": "none", "images": "12 + 6, hash 17"}
+    write_run(tmp_path, "control", 80, 83, data="copy", **options)
+    assert made().rows[SCAR]["gain over control"] == "+1.00 (n = 1)"
+
+
 @pytest.fixture
 def a_seed_twice(tmp_path):
     """Two pretrainings of seed 0, each with SCAR and a control, and one of seed 1."""
@@ -4275,7 +4395,8 @@ def test_runs_in_folders_below_are_another_studys(tmp_path, made):
 def test_a_run_whose_pretraining_is_not_there_is_left_out_by_name(three_seeds, made):
     write_run(three_seeds, "stray", 10, 20, theta="lost", select="confidence", seed=7)
     made_tables = made()
-    assert "- left out: stray, whose pretraining, lost, is not here\n" in made_tables.text
+    note = "no run here pretrained its theta~ (--pretrained elsewhere/pretrain.pt)"
+    assert f"- left out: stray; {note}\n" in made_tables.text
     assert "20.00 (n = 1)" not in made_tables.text
 
 
@@ -4294,10 +4415,15 @@ def test_tables_are_kept_as_printed(three_seeds, made):
     assert (three_seeds / "tables.md").read_text(encoding="utf-8") == printed
 
 
-@pytest.mark.parametrize("damage", ["", "{}", "[]", '{"method": "fixmatch"}'])
+@pytest.mark.parametrize("damage", ["", "{}", "[]", '{"method": "fixmatch"}', "no val"])
 def test_a_damaged_result_is_named_and_the_others_make_the_tables(damage, three_seeds, made):
-    (three_seeds / "damaged").mkdir()
-    (three_seeds / "damaged" / "result.json").write_text(damage)
+    write_run(three_seeds, "damaged", 80, 84)
+    path = three_seeds / "damaged" / "result.json"
+    if damage == "no val":
+        result = json.loads(path.read_text())
+        del result["args"]["val"]
+        damage = json.dumps(result)
+    path.write_text(damage)
     made_tables = made()
     assert made_tables.code == 1 and SCAR in made_tables.rows
     assert f"error: {three_seeds}/damaged/result.json is damaged" in made_tables.errors

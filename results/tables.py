@@ -2,9 +2,10 @@
 
     python results/tables.py runs
 
-A mean is over seeds at equal settings: runs of another data set, network or length have tables of
-their own, those of any other setting rows that name it. Gains are paired: both sides come from the
-same theta~ (the model after pretraining), known by the name of the run folder that pretrained it.
+A mean is over seeds at equal settings: runs on other images, of another network or length have
+tables of their own, those of any other setting rows that name it. Gains are paired: both sides come
+from the same theta~ (the model after pretraining), known by a hash of its weights. A run whose
+theta~ was pretrained by none of the runs is left out, with a note.
 """
 
 import argparse
@@ -46,34 +47,60 @@ def read_run(path):
     """What the tables need of a result.json; an error where that is not in it."""
     result = json.loads(path.read_text(encoding="utf-8"))
     args = {"image_size": 32, **result["args"], "ranks": result["ranks"]}
+    for name in TITLE:
+        args[name] = int(args[name])
     kind = result["select"]
     if kind == "fgsm" and result["eps"] == 0:
         kind = "all"
-    choice = {}
-    for name, value in args.items():
-        if name not in TITLE + FREE and (name, value) not in UNUSED:
-            choice[name] = str(value)
+    selection = result["selection"]
     table2 = {}
     for row in result["table2"]:
         kept = row["kept_correct"], row["kept"]
         rejected = row["rejected_wrong"], row["rejected"]
         table2[row["eps"]] = kept, rejected
+    # results of earlier versions name theta~ by the folder that pretrained it alone
+    folder_of_theta = Path(args["pretrained"] or path).parent.name
     return {
         "method": result["method"],
         "seed": int(result["seed"]),
         "folder": path.parent.name,
-        "theta": Path(args["pretrained"] or path).parent.name,  # the folder that pretrained it
+        "theta": result.get("theta", folder_of_theta),
+        "pretrains": args["pretrained"] is None,
         "before": result["pretrain_accuracy"],
         "after": result["final_accuracy"],
         "kind": kind,
         "eps": 0 if kind == "none" else result["eps"],
-        "added": (result["selection"]["kept_correct"], result["selection"]["kept"]),
+        "added": (selection["kept_correct"], selection["kept"]),
+        "unknown": selection.get("added", selection["kept"]) - selection["kept"],
         "table2": table2,
-        "title": (result["data"], *(int(args[name]) for name in TITLE)),
-        "choice": tuple(sorted(choice.items())),
+        "data": (result["data"], result.get("images", "")),
+        "args": args,
         "where": f"{result['device']}, torch {result['versions']['torch']}",
         "hours": result["seconds"] / 3600,
     }
+
+
+def add_title_and_choice(run, pretraining):
+    """Adds what the run's table and rows are found by, from its settings and the pretraining's.
+
+    title: the data and, for each name in TITLE, its values (pretraining's, the run's own); choice:
+    all other settings that change a result, as strings.
+    """
+    before, now = pretraining["args"], run["args"]
+    pairs = [(before[name], now[name]) for name in TITLE]
+    run["title"] = pretraining["data"], *pairs  # the folder of images may have moved since
+    choice = {}
+    for name in now:
+        first, second = before.get(name, now[name]), now[name]
+        is_unused = (name, first) in UNUSED and (name, second) in UNUSED
+        if name not in TITLE + FREE and not is_unused:
+            choice[name] = then(first, second)
+    run["choice"] = tuple(sorted(choice.items()))
+
+
+def then(before, now):
+    """A setting of the pretraining and of the fine-tuning: once, if it is the same."""
+    return str(now) if before == now else f"{before} then {now}"
 
 
 def spread(values, sign=""):
@@ -95,6 +122,17 @@ def rate(pairs):
     return f"{percents[0]:.2f} ({part}/{whole})" if whole > 0 else "none (0/0)"
 
 
+def labels_added(runs):
+    """How many of the added labels are right, and of how many nobody knows."""
+    known = rate([run["added"] for run in runs])
+    unknown = mean(run["unknown"] for run in runs)
+    if unknown == 0:
+        return known
+    if all(kept == 0 for _, kept in (run["added"] for run in runs)):
+        return f"{unknown:g} whose true label is unknown"
+    return f"{known}, and {unknown:g} whose true label is unknown"
+
+
 def first_of_each_seed(runs):
     """The runs without those whose seed an earlier one has."""
     by_seed = {}
@@ -103,15 +141,18 @@ def first_of_each_seed(runs):
     return list(by_seed.values())
 
 
-def method_rows(runs, label):
-    """Rows for Table 1 and Table 2 of one method's runs at one choice, and notes on what lacks."""
+def method_rows(runs, pretrained, label):
+    """Rows of Table 1 and Table 2 for one method's runs at one choice, notes on what is missing.
+
+    pretrained: those of the runs whose theta~ has a row.
+    """
     method = runs[0]["method"]
     paper_before, paper_after = PAPER_TABLE1[method]
     control = {}
     for run in runs:
         if run["kind"] == "none":
             control.setdefault(run["theta"], run["after"])  # the first, as in its own row
-    pretrained = first_of_each_seed([run for run in runs if run["theta"] == run["folder"]])
+    pretrained = first_of_each_seed(pretrained)
     first, second, notes = [], [], []
     if pretrained:
         before = spread([run["before"] for run in pretrained])
@@ -126,13 +167,17 @@ def method_rows(runs, label):
         gain = spread([run["after"] - run["before"] for run in those], "+")
         paired = [run for run in those if run["theta"] in control]
         over_control = spread([run["after"] - control[run["theta"]] for run in paired], "+")
-        added = rate([run["added"] for run in those])
+        added = labels_added(those)
         if kind == "none":
             over_control = added = ""
         paper = paper_after if kind == "fgsm" else ""
         first.append([what, paper, after, gain, over_control, added])
-        if kind == "fgsm" and len(paired) < len(those):
-            notes.append(f"- {what} lacks a control, which tells what more epochs alone gain")
+        alone = [run["folder"] for run in those if run["theta"] not in control]
+        if kind != "none" and alone:
+            notes.append(
+                f"- {what}: no control, which tells what more epochs alone gain, starts from the "
+                f"same theta~, so left out of the gain over control: {', '.join(alone)}"
+            )
         if len(those) < len(same):
             notes.append(f"- {what}: {len(same)} runs, of which the first of each seed counts")
     for eps in sorted({eps for run in pretrained for eps in run["table2"]}):
@@ -157,8 +202,10 @@ def markdown(rows, paper_columns, with_paper):
 
 def tables(runs):
     """Both tables of runs of one title, notes and settings below them: Markdown."""
-    data, labels, depth, width, epochs, steps, batch, val, size = runs[0]["title"]
-    scored = "validation" if val > 0 else "test"
+    (data, images), *pairs = runs[0]["title"]
+    pairs = dict(zip(TITLE, pairs))
+    told = {name: then(before, now) for name, (before, now) in pairs.items()}
+    scored = "test" if told["val"] == "0" else "validation"
     gains = ["gain over pretraining", "gain over control", "labels added, right (%)"]
     first = [[f"Table 1: {scored} accuracy (%)", "paper", "ours"] + gains]
     papers = ["sensitivity, paper", "specificity, paper"]
@@ -176,25 +223,33 @@ def tables(runs):
             own = [f"{option} {value}" for option, value in choice if (option, value) not in common]
             label = ", ".join([name] + own)
             same = [run for run in those if run["choice"] == choice]
-            rows1, rows2, new_notes = method_rows(same, label)
+            pretrained = [run for run in same if run["pretrains"]]
+            if not any(run["pretrains"] for run in those):
+                pretrained = same  # a fine-tuning of another length has a table of its own
+            rows1, rows2, new_notes = method_rows(same, pretrained, label)
             first += rows1
             second += rows2
             notes += new_notes
-        told = ", ".join(f"{option} {value}" for option, value in sorted(common))
+        options = ", ".join(f"{option} {value}" for option, value in sorted(common))
         seeds = " ".join(str(seed) for seed in sorted({run["seed"] for run in those}))
-        settings.append(f"- {name}: {told}; seeds {seeds}")
-    head = f"## {data}, {labels} labels, WRN-{depth}-{width}, {epochs} + {epochs} epochs of "
-    head += f"{steps} steps, batch {batch}"
-    if size != 32:
-        head += f", {size} x {size} pixels"
-    if val > 0:
-        head += f", scored on {val} validation images"
+        settings.append(f"- {name}: {options}; seeds {seeds}")
+    epochs, epochs_after = pairs["epochs"]
+    head = f"## {data}, {told['num_labeled']} labels, WRN-{told['depth']}-{told['width']}, "
+    head += f"{epochs} + {epochs_after} epochs of {told['steps_per_epoch']} steps, "
+    head += f"batch {told['batch_size']}"
+    if told["image_size"] != "32":
+        head += f", {told['image_size']} x {told['image_size']} pixels"
+    if told["val"] != "0":
+        head += f", scored on {told['val']} validation images"
     with_paper = data == "CIFAR-10"
     lines = [head, "", *markdown(first, [1], with_paper), ""]
     lines += [*markdown(second, [1, 2], with_paper), ""]
     hours = sum(run["hours"] for run in runs)
     where = "; ".join(sorted({run["where"] for run in runs}))
-    return "\n".join([*lines, *notes, *settings, f"- {hours:.1f} hours on {where}\n"])
+    machine = f"- {hours:.1f} hours on {where}"
+    if images:
+        machine += f"; images {images}"
+    return "\n".join([*lines, *notes, *settings, f"{machine}\n"])
 
 
 def main(argv=None):
@@ -208,19 +263,27 @@ def main(argv=None):
             runs.append(read_run(path))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             errors.append(f"{path} is damaged or another kind of file ({type(error).__name__})")
-    thetas = {run["folder"] for run in runs if run["theta"] == run["folder"]}
-    kept = [run for run in runs if run["theta"] in thetas]
+    pretrainings = {}
+    for run in runs:
+        if run["pretrains"]:
+            pretrainings.setdefault(run["theta"], run)
+    kept = []
+    left_out = ""
+    for run in runs:
+        if run["theta"] in pretrainings:
+            add_title_and_choice(run, pretrainings[run["theta"]])
+            kept.append(run)
+        else:
+            came_from = run["args"]["pretrained"]
+            left_out += f"- left out: {run['folder']}; no run here pretrained its theta~ "
+            left_out += f"(--pretrained {came_from})\n"
     parts = []
     for title in sorted({run["title"] for run in kept}):
         parts.append(tables([run for run in kept if run["title"] == title]))
-    left_out = ""
-    for run in runs:
-        if run["theta"] not in thetas:
-            pretraining = f"whose pretraining, {run['theta']}, is not here"
-            left_out += f"- left out: {run['folder']}, {pretraining}\n"
     if left_out:
         parts.append(left_out)
-    text = "\n".join(parts)
+    # names of folders need not be UTF-8
+    text = "\n".join(parts).encode("utf-8", "backslashreplace").decode("utf-8")
     print(text, end="")
     if kept:
         (out / "tables.md").write_text(text, encoding="utf-8")
