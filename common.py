@@ -1,7 +1,8 @@
 """What the scripts share, and nothing else: the network, the images with their split, and FGSM."""
 
 import os
-import shutil
+import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,7 @@ BENCHMARKS = {  # torchvision's class, its words for training and test images, w
 SHAPES = "disk,ring,square,frame,triangle,plus,bar,two bars,half disk,four dots".split(",")
 # Pillow's extensions but for those that it only writes or has no decoder for
 IMAGE_KINDS = set(Image.registered_extensions()) - {".pdf", ".palm", ".mpg", ".mpeg", ".h5", ".hdf"}
+SYSTEM_FOLDERS = {"@eaDir", "__MACOSX", "lost+found"}  # their images are thumbnails and the like
 
 
 def load_images(data, data_dir, size=32):
@@ -98,7 +100,8 @@ def load_images(data, data_dir, size=32):
     label (in x_train alone, after the others); all on the CPU.
     data: one of BENCHMARKS in `data_dir`, downloaded when it is missing;
           "folder"     data_dir/train/<class>/**, data_dir/test/<class>/** and, for images without a
-                       label, data_dir/unlabeled/**; links to folders below these are not followed
+                       label, data_dir/unlabeled/**; test may lack some of the classes; links to
+                       folders below these are not followed; transparent pixels turn white
           "synthetic"  6,000 and 1,000 drawn images of ten SHAPES, the same every time; no file
     Raises ValueError with one sentence that says what is wrong and what to do.
     """
@@ -140,14 +143,11 @@ def _read_benchmark(data, data_dir, test):
     """Returns (x, y, classes) of torchvision's data set, which is downloaded when it is missing."""
     kind, train_word, test_word, archive = BENCHMARKS[data]
     word = test_word if test else train_word
-    is_new = not Path(data_dir).exists()
     try:
-        dataset = kind(data_dir, word, download=True)
+        dataset = _find_or_download(kind, data_dir, word)
     except ImportError as error:
         raise ValueError(f"--data {data}: {error}; install it, for instance with pip") from None
     except (OSError, RuntimeError) as error:
-        if is_new:
-            shutil.rmtree(data_dir, ignore_errors=True)
         raise ValueError(
             f"{data} is not in {data_dir} and could not be downloaded ({error}): put {archive} "
             "there, or use --data folder with your own images, or --data synthetic without a file"
@@ -160,59 +160,140 @@ def _read_benchmark(data, data_dir, test):
     return x, y, getattr(dataset, "classes", list("0123456789"))  # SVHN's digits have no names
 
 
+def _find_or_download(kind, data_dir, word):
+    """torchvision's data set; if it is missing, one process downloads it while the others wait."""
+    try:
+        return kind(data_dir, word)
+    except RuntimeError:  # it is missing or damaged, or another process is unpacking it
+        folder = Path(data_dir).expanduser()  # as torchvision does
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "a") as file:
+            _lock(file)
+            return kind(data_dir, word, download=True)
+
+
+def _lock(file):
+    """Waits until no other process has locked the file; not where the system has no such locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        pass
+
+
 def _list_folder(root):
     """Returns classes, (path below root, label) of training and test images, and paths left out."""
-    shown = {part: sorted((root / part).glob("[!.]*")) for part in ("train", "test")}
-    classes = {part: [path.name for path in shown[part] if path.is_dir()] for part in shown}
-    for part, names in classes.items():
-        if len(names) < 2:
-            raise ValueError(f"{root / part} has {len(names)} class folders; it needs two or more")
-    if classes["train"] != classes["test"]:
-        only_one = ", ".join(sorted(set(classes["train"]) ^ set(classes["test"])))
+    try:
+        classes, places, left_out = _list_classes(root)
+        images = {"train": {}, "test": {}}  # by resolved path: a file linked twice counts once
+        for part, label, folder in places:
+            others = []
+            count = len(images[part])
+            for path in _files_below(folder):
+                file = os.path.realpath(path)
+                is_image = path.suffix.lower() in IMAGE_KINDS and not path.is_dir()
+                if is_image and file not in images[part]:
+                    images[part][file] = path.relative_to(root).as_posix(), label
+                else:
+                    others.append(path)
+            if len(images[part]) == count:
+                kinds = Counter(path.suffix or path.name for path in others)
+                numbers = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(5))
+                raise ValueError(
+                    f"{folder} has no image (passed over: {numbers or 'nothing'}): put some there, "
+                    "or take the folder out"
+                )
+            left_out += [path.relative_to(root).as_posix() for path in others]
+    except OSError as error:
         raise ValueError(
-            f"{root}: train and test must have the same classes; only one has {only_one}"
-        )
-    names = classes["train"]
-    folders = [(part, i, root / part / name) for part in shown for i, name in enumerate(names)]
-    if os.path.lexists(root / "unlabeled"):
-        folders.append(("train", -1, root / "unlabeled"))
-    left_out = [f"{part}/{path.name}" for part in shown for path in shown[part] if path.is_file()]
-    images = {"train": {}, "test": {}}  # by resolved path: a file that is linked twice counts once
-    for part, label, folder in folders:
-        count = len(images[part])
-        for path in sorted(folder.rglob("*"), key=os.path.split):
-            name = path.relative_to(root).as_posix()
-            file = os.path.realpath(path)
-            if "/." in name or (path.is_dir() and not path.is_symlink()):
-                continue  # hidden, or a folder whose files come by themselves
-            if path.is_dir() or path.suffix.lower() not in IMAGE_KINDS or file in images[part]:
-                left_out.append(name)
+            f"cannot read {error.filename} ({error.strerror}): make it readable, or take it out"
+        ) from None
+    return classes, list(images["train"].values()), list(images["test"].values()), left_out
+
+
+def _list_classes(root):
+    """Returns classes, (train or test, label, folder) of all folders of images, paths left out."""
+    names = {"train": [], "test": []}
+    left_out = []
+    for part in names:
+        for entry in _visible(root / part):
+            if entry.is_dir() and entry.name not in SYSTEM_FOLDERS:
+                names[part].append(entry.name)
             else:
-                images[part][file] = name, label
-        if len(images[part]) == count:
-            raise ValueError(f"{folder} has no image: put some there, or take the folder out")
-    return names, list(images["train"].values()), list(images["test"].values()), left_out
+                left_out.append(f"{part}/{entry.name}")
+    classes = names["train"]
+    if len(classes) < 2:
+        raise ValueError(f"{root / 'train'} has {len(classes)} class folders; it needs two or more")
+    if not names["test"]:
+        raise ValueError(f"{root / 'test'} has no class folder; it needs those of train")
+    unknown = sorted(set(names["test"]) - set(classes))
+    if unknown:
+        raise ValueError(
+            f"train lacks {len(unknown)} of the classes in {root / 'test'} "
+            f"({', '.join(unknown[:5])}): rename them, or take them out"
+        )
+    places = [
+        (part, classes.index(name), root / part / name) for part in names for name in names[part]
+    ]
+    if os.path.lexists(root / "unlabeled"):
+        places.append(("train", -1, root / "unlabeled"))
+    return classes, places, left_out
+
+
+def _visible(folder):
+    """The entries of a folder in the order of their names, but for hidden ones."""
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def _files_below(folder):
+    """Yields every path below a folder that is not a folder itself, in the order of their names.
+
+    Links to folders and SYSTEM_FOLDERS are yielded, not entered.
+    """
+    for entry in _visible(folder):
+        if entry.is_dir(follow_symlinks=False) and entry.name not in SYSTEM_FOLDERS:
+            yield from _files_below(entry.path)
+        else:
+            yield Path(entry.path)
 
 
 def _read_files(root, files, size):
     """Returns uint8 [N, 3, size, size] and int64 [N] for a list of (path below root, label)."""
-    x = np.stack([_read_image(Path(root, name), size) for name, _ in files])
-    y = torch.tensor([label for _, label in files])
-    return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), y
+    x = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    errors = []
+    for i, (name, _) in enumerate(files):
+        try:
+            x[i] = _read_image(Path(root, name), size)
+        except ValueError as error:
+            errors.append(str(error))
+        if sys.stdout.isatty() and i % 100 == 0:
+            print(f"reading images: {i:,} of {len(files):,}", end="\033[K\r", flush=True)
+    if errors:
+        raise ValueError(
+            f"{len(errors)} of {len(files)} images are damaged or of an unsupported kind; "
+            f"repair them or take them out: {'; '.join(errors[:5])}"
+        )
+    return x, torch.tensor([label for _, label in files])
 
 
 def _read_image(path, size):
-    """uint8 array [size, size, 3] in RGB; ValueError where Pillow cannot read the file as that."""
+    """uint8 [3, size, size] in RGB; ValueError where Pillow cannot read the file as that."""
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):  # Pillow would cut values off at 255
                 raise ValueError("more than 8 bits a channel")
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if "A" in image.getbands() or "transparency" in image.info:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            image = image.convert("RGB")
     except Exception as error:  # Pillow has a dozen kinds for a damaged file
-        raise ValueError(f"cannot read {path} ({error}): repair it or take it out") from None
+        raise ValueError(f"cannot read {path} ({error})") from None
     if image.size != (size, size):
         image = image.resize((size, size))
-    return np.asarray(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _draw_shapes(count):
@@ -258,32 +339,38 @@ def _draw_shapes(count):
     return torch.from_numpy(images), torch.from_numpy(label)
 
 
-def split_labeled(y, num_labeled, seed, classes=None):
+def split_labeled(y, num_labeled, seed, classes=None, option="--num-labeled"):
     """Chooses the images whose labels training may see: (labeled_idx, unlabeled_idx).
 
     y: int64 [N], -1 without a label. Returns two ascending int64 tensors on the CPU, disjoint,
     together 0 .. N - 1. Each class gets num_labeled // C labels; if that leaves a remainder,
     randomly chosen classes get one more. If some images have no label, num_labeled may be the
-    number of all labels: then all are taken, however uneven the classes.
-    Raises ValueError, with the class's name from `classes`, when there are too few images.
+    number of all labels: then all are taken, however uneven the classes, if each has one.
+    Raises ValueError when there are too few images; it names the class (from `classes`; without
+    them C is the largest label + 1) and what asked for the images (`option`).
     """
     y = y.cpu()
-    counts = torch.bincount(y[y >= 0])
+    counts = torch.bincount(y[y >= 0], minlength=len(classes or []))
     num_classes, total = len(counts), int(counts.sum())
-    most = min(total, len(y) - 1)  # an image stays unlabeled
     if num_labeled < num_classes:
-        raise ValueError(f"--num-labeled {num_labeled} is too few: there are {num_classes} classes")
-    if num_labeled > most:
-        raise ValueError(f"--num-labeled {num_labeled} leaves no unlabeled image: {most} at most")
+        raise ValueError(f"{option} {num_labeled} is too few: there are {num_classes} classes")
+    if num_labeled > total:
+        raise ValueError(f"{option} {num_labeled} is too many: {total} labels are available")
+    if num_labeled == len(y):
+        raise ValueError(f"{option} {num_labeled} leaves no unlabeled image: {total - 1} at most")
     generator = torch.Generator().manual_seed(seed)
     quota = torch.full((num_classes,), num_labeled // num_classes)
     quota[torch.randperm(num_classes, generator=generator)[: num_labeled % num_classes]] += 1
-    quota = counts if num_labeled == total else quota
+    if num_labeled == total:
+        quota = counts.clamp(min=1)
     labeled = torch.zeros(len(y), dtype=torch.bool)
     for label in range(num_classes):
         if counts[label] < quota[label]:
-            name = f"class {classes[label] if classes else label} has {counts[label]} images"
-            raise ValueError(f"{name}, not {quota[label]}: lower --num-labeled {num_labeled}")
+            name = classes[label] if classes else label
+            raise ValueError(
+                f"{option} {num_labeled} takes {quota[label]} of class {name}, which has "
+                f"{counts[label]}: lower the number, or add images"
+            )
         members = torch.nonzero(y == label).squeeze(1)
         labeled[members[torch.randperm(len(members), generator=generator)[: quota[label]]]] = True
     return torch.nonzero(labeled).squeeze(1), torch.nonzero(~labeled).squeeze(1)

@@ -20,6 +20,7 @@ short pretraining SCAR did worse than the control (one seed). A step takes 8.9 m
 import argparse
 import copy
 import csv
+import hashlib
 import importlib.util
 import io
 import json
@@ -525,7 +526,8 @@ def save(content, path):
         return
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     if isinstance(content, str):
-        temporary.write_text(content, encoding="utf-8")
+        # bytes of a file's name that are not UTF-8 are written as they were read
+        temporary.write_text(content, encoding="utf-8", errors="surrogateescape")
     elif isinstance(content, Image.Image):
         content.save(temporary)
     else:
@@ -562,13 +564,26 @@ def check_same_settings(folder, settings, names):
     differences = []
     for name in names:
         if saved.get(name) != settings[name]:
-            differences.append(f"{name} was {saved.get(name)}, now {settings[name]}")
+            was, now = str(saved.get(name)), str(settings[name])
+            differences.append(f"{name} was {was[:100]}, now {now[:100]}")
     if differences:
         differences = "; ".join(differences)
         sys.exit(
             f"error: {folder} is of other settings ({differences}); "
             "give those, or choose another folder"
         )
+
+
+def fingerprint(tensors, words=()):
+    """A hash, as 16 hex digits, of the shapes and values of tensors, and of words.
+
+    tensors: an iterable, on any device; words: strings, in lists however nested.
+    """
+    digest = hashlib.sha256(json.dumps(words).encode())
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
 
 
 def begin_folder(out, settings):
@@ -699,6 +714,15 @@ def selection_rows(names, classes, kept, label, confidence, final_logits):
     return rows
 
 
+def print_absent_classes(kind, y, classes):
+    """Names the classes of which there is no image of this kind; y: their labels, int64 [N]."""
+    present = set(y.tolist())
+    absent = [name for label, name in enumerate(classes) if label not in present]
+    if absent and -1 not in present:  # an image without a label may be of any class
+        names = ", ".join(absent[:5])
+        print(f"{len(absent)} of {len(classes)} classes have no {kind} image: {names}")
+
+
 def print_tables(result, out):
     """Prints the rows of PAPER's tables that the run in the folder `out` has measured."""
     print(f"\nTable 1: {result['scored_on']} accuracy (%) on {result['data']} (files in {out})")
@@ -724,6 +748,9 @@ def print_tables(result, out):
 def main(argv=None):
     """Runs what the command line says, or resumes it; returns what result.json holds."""
     args = parse_args(argv)
+    options = sys.argv[1:] if argv is None else argv
+    # now, as the working directory may change
+    command = shlex.join(["python", os.path.relpath(__file__), *options])
     out = Path(args.out)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # else convolutions use TF32; fgsm needs fp32
@@ -733,14 +760,21 @@ def main(argv=None):
         dist.init_process_group()
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")  # process 0 prints for all
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     if args.device == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot record a CUDA graph
 
     # All images, on the device, and the labels that training may see: -1 for those it may not
     try:
-        tensors = load_images(args.data, args.data_dir, args.image_size)
-        x, y, x_test, y_test = [tensor.to(args.device) for tensor in tensors]
+        x, y, x_test, y_test = load_images(args.data, args.data_dir, args.image_size)
         classes, files, left_out = image_names(args.data, args.data_dir)
+        if files and len(files) != len(x):
+            raise ValueError(f"{args.data_dir} changed while it was read: run the command again")
+        digest = fingerprint([x, y, x_test, y_test], [classes, files])
+        images = f"{len(x)} + {len(x_test)}, hash {digest}"
+        x, y = x.to(args.device), y.to(args.device)
+        x_test, y_test = x_test.to(args.device), y_test.to(args.device)
         if args.num_labeled is None:
             args.num_labeled = 4000
             if args.data == "folder" and y.min() < 0:  # it has unlabeled/
@@ -749,7 +783,8 @@ def main(argv=None):
         scored_on = "test"
         if args.val > 0:
             scored_on = "validation"
-            held_out, rest = split_labeled(y[unlabeled], args.val, args.seed, classes)
+            option = f"after --num-labeled {args.num_labeled}, --val"
+            held_out, rest = split_labeled(y[unlabeled], args.val, args.seed, classes, option)
             x_test, y_test = x[unlabeled[held_out]], y[unlabeled[held_out]]
             unlabeled = unlabeled[rest]
     except ValueError as error:
@@ -757,17 +792,36 @@ def main(argv=None):
     unlabeled = unlabeled.to(args.device)
     labels = torch.full_like(y, -1)
     labels[labeled] = y[labeled]
+    settings = {
+        "method": METHOD,
+        **vars(args),
+        "classes": classes,
+        "images": images,
+        "pretrained_weights": None,  # with --pretrained: their hash, see below
+    }
+
+    # The model, and its moving average: what is evaluated, and theta~ when pretraining has ended
+    torch.manual_seed(args.seed)
+    model = WideResNet(len(classes), args.depth, args.width)
+    model = model.to(args.device, memory_format=torch.channels_last)
+    average = copy.deepcopy(model).requires_grad_(False)
+    if args.pretrained is not None:
+        # theta~ must be of the same network, images and split; all else may differ
+        must_agree = "method depth width data classes image_size flip num_labeled val seed images"
+        check_same_settings(Path(args.pretrained).parent, settings, must_agree.split())
+        try:
+            average.load_state_dict(load(Path(args.pretrained)))
+        except (RuntimeError, TypeError):
+            sys.exit(f"error: {args.pretrained} holds no weights of this network")
+        if not (Path(args.pretrained).parent / "args.json").exists():
+            print(f"no args.json beside {args.pretrained} tells which images it was trained on")
+        settings["pretrained_weights"] = fingerprint(average.state_dict().values())
 
     # The run's folder: it must be new, or hold this very run
-    settings = {"method": METHOD, **vars(args), "classes": classes}
-    may_differ = ["device", "out", "data_dir", "compile", "tensorboard"]
+    may_differ = ["device", "out", "data_dir", "compile", "tensorboard", "pretrained"]
     check_same_settings(out, settings, [name for name in settings if name not in may_differ])
     if any(out.glob("[!.]*")) and not (out / "args.json").exists():
         sys.exit(f"error: {out} is not empty and holds no run; choose another --out")
-    if args.pretrained is not None:
-        # theta~ must be of the same network, images and split; all else may differ
-        must_agree = "method depth width data classes image_size flip num_labeled val seed".split()
-        check_same_settings(Path(args.pretrained).parent, settings, must_agree)
     if (out / "result.json").exists():
         result = load_json(out / "result.json")
         print_tables(result, out)
@@ -775,13 +829,11 @@ def main(argv=None):
     print(f"{len(classes)} classes; {len(labeled):,} labeled, {len(unlabeled):,} unlabeled", end="")
     print(f" and {len(x_test):,} {scored_on} images")
     if left_out:
-        print(f"{len(left_out)} files left out: {', '.join(left_out[:5])}")
+        print(f"files left out: {len(left_out)} ({', '.join(left_out[:5])})")
+    print_absent_classes("unlabeled", y[unlabeled], classes)
+    print_absent_classes(scored_on, y_test, classes)
 
-    # The model, its moving average, and the training step
-    torch.manual_seed(args.seed)
-    model = WideResNet(len(classes), args.depth, args.width)
-    model = model.to(args.device, memory_format=torch.channels_last)
-    average = copy.deepcopy(model).requires_grad_(False)  # evaluated; theta~ after pretraining
+    # The training step
     optimizer = make_optimizer(model, args)
     loss_function = torch.compile(batch_loss) if args.compile else batch_loss
 
@@ -801,7 +853,7 @@ def main(argv=None):
         update_average(average, model, decay)
         return {"loss": loss.detach(), **metrics}
 
-    # Start from the checkpoint, from another run's theta~, or from scratch
+    # The checkpoint, if there is one
     rows = []  # of metrics.csv
     report = {}  # on theta~ and its selection, for result.json
     pseudo = None  # theta~'s labels of the unlabeled images
@@ -820,13 +872,8 @@ def main(argv=None):
         except (KeyError, RuntimeError, TypeError, ValueError):
             sys.exit(
                 f"error: {out}/checkpoint.pt does not fit: it is from another version of this "
-                "script, or the images have changed; choose another --out"
+                "script; choose another --out"
             )
-    elif args.pretrained is not None:
-        try:
-            average.load_state_dict(load(Path(args.pretrained)))
-        except (RuntimeError, TypeError):
-            sys.exit(f"error: {args.pretrained} holds no weights of this network")
     begin_folder(out, settings)
     board = None
     if args.tensorboard and RANK == 0:
@@ -863,6 +910,7 @@ def main(argv=None):
             confidence = logits.softmax(dim=1).amax(dim=1)
             del logits  # with a thousand classes larger than the images
             report = {
+                "theta": fingerprint(average.state_dict().values()),
                 "pretrain_accuracy": evaluate(average, x_test, y_test),
                 "selection": {  # images without a true label count in the first two and the last
                     "unlabeled": len(unlabeled),
@@ -962,6 +1010,7 @@ def main(argv=None):
     result = {
         "method": METHOD,
         "data": data_title(args),
+        "images": images,
         "scored_on": scored_on,
         "select": args.select,
         "eps": args.eps,
@@ -972,7 +1021,7 @@ def main(argv=None):
         "images_per_second": 1000 * args.batch_size * (1 + args.mu) / ms_per_step,
         "seconds": sum(row["seconds"] for row in rows),
         **machine_info(args),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command,
         "args": vars(args),
     }
     save(json.dumps(result, indent=1), out / "result.json")

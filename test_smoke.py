@@ -7,6 +7,8 @@ they should be. Commands are run as a user types them. Each test states one fact
 
 import copy
 import csv
+import fcntl
+import hashlib
 import importlib.util
 import inspect
 import io
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -326,14 +329,24 @@ def test_split_leaves_images_without_a_label_unlabeled():
     "count, sentence",
     [
         (2, "--num-labeled 2 is too few: there are 3 classes"),
-        (12, "class red has 2 images, not 4: lower --num-labeled 12"),
+        (12, "--num-labeled 12 takes 4 of class red, which has 2: lower the number, or add images"),
         (22, "--num-labeled 22 leaves no unlabeled image: 21 at most"),
+        (23, "--num-labeled 23 is too many: 22 labels are available"),
     ],
 )
 def test_split_refuses(count, sentence):
     y = torch.tensor([0] * 10 + [1] * 10 + [2] * 2)
     with pytest.raises(ValueError, match=re.escape(sentence)):
         split_labeled(y, count, 0, ["blue", "green", "red"])
+
+
+@pytest.mark.parametrize("count, quota", [(3, 1), (4, 1)], ids=["by quota", "all labels"])
+def test_split_refuses_a_class_of_which_no_image_is_left(count, quota):
+    """Were it the last one, labels alone would not tell that there is such a class."""
+    y = torch.tensor([0] * 2 + [1] * 2 + [-1] * 2)
+    sentence = f"--val {count} takes {quota} of class red, which has 0: lower the number"
+    with pytest.raises(ValueError, match=sentence):
+        split_labeled(y, count, 0, ["blue", "green", "red"], "--val")
 
 
 # --------------------------------------------------------------------------------------- the attack
@@ -1450,6 +1463,37 @@ def test_only_process_0_saves(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+def test_fingerprint_tells_values_shapes_and_words_apart():
+    images = torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2)
+    other_value = images.clone()
+    other_value[1, 2, 1, 1] = 0
+    fingerprints = [
+        vat_scar.fingerprint(*inputs)
+        for inputs in (
+            ([images],),
+            ([other_value],),
+            ([images.view(3, 2, 2, 2)],),
+            ([images, torch.tensor(1)],),
+            ([torch.tensor(1), images],),
+            ([images], ["a", ["b"]]),
+            ([images], [["a"], "b"]),
+            ([images], ["a", ["c"]]),
+        )
+    ]
+    assert len(set(fingerprints)) == len(fingerprints)
+    assert all(re.fullmatch("[0-9a-f]{16}", digest) for digest in fingerprints)
+
+
+def test_fingerprint_depends_on_nothing_else():
+    """Not on how tensors lie in memory, nor on what process computes it."""
+    images = torch.arange(24, dtype=torch.float32).view(2, 3, 2, 2)
+    words = b'["a", "\\udce9"]'
+    digest = hashlib.sha256(words + b"(2, 3, 2, 2)" + images.numpy().tobytes()).hexdigest()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        tensor = images.to(memory_format=layout)
+        assert vat_scar.fingerprint([tensor], ["a", odd_name("é")]) == digest[:16]
+
+
 def test_average_over_processes_is_the_mean_of_each_tensor(monkeypatch):
     """The fake exchange adds what the other three processes would send."""
     ours, theirs = [torch.ones(2, 3), torch.zeros(4), torch.tensor(1.0)], torch.arange(11.0)
@@ -1825,7 +1869,7 @@ REFUSED = [
     ("--image-size 8", "--image-size must be at least 16: 8"),
     ("--eps nan", "--eps must be a finite number and not negative: nan"),
     ("--num-labeled 9", "--num-labeled 9 is too few: there are 10 classes"),
-    ("--num-labeled 290 --val 10", "leaves no unlabeled image"),
+    ("--num-labeled 290 --val 10", "after --num-labeled 290, --val 10 leaves no unlabeled image"),
     ("--pretrained=", "cannot read .: Is a directory"),
     ("--pretrained nowhere/theta.pt", "cannot read nowhere/theta.pt: No such file or directory"),
 ]
@@ -1901,6 +1945,19 @@ def test_tensorboard_without_the_package_is_refused(tmp_path, monkeypatch, capsy
 def test_cuda_without_a_gpu_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no NVIDIA GPU" in refusal(capsys, vat_scar, "--device", "cuda")
+
+
+def test_a_torch_without_cuda_refuses_it_in_a_sentence(monkeypatch, capsys):
+    """torch.cuda of a build for CPUs raises where it is asked for more than whether it is there."""
+
+    def fail(*inputs, **options):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("is_bf16_supported", "get_device_name", "set_stream", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, fail)
+    assert "no NVIDIA GPU" in refusal(capsys, vat_scar, "--device", "cuda")
+    assert vat_scar.parse_args([]).device == "cpu"
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_refused(monkeypatch, capsys):
@@ -2034,12 +2091,14 @@ def test_names_are_those_of_the_options_images(watched):
 def test_labels_are_chosen_by_number_and_seed(watched):
     call = watched.calls["split_labeled"][0]
     assert (call.num_labeled, call.seed, call.classes) == (100, 3, SHAPES)
+    assert not hasattr(call, "option")  # its default
     same(call.y, watched.y)
 
 
 def test_validation_images_are_chosen_from_the_unlabeled_ones(watched):
     call = watched.calls["split_labeled"][1]
     assert (call.num_labeled, call.seed, call.classes) == (50, 3, SHAPES)
+    assert call.option == "after --num-labeled 100, --val"
     pool = torch.cat([watched.unlabeled, watched.held_out]).sort().values
     same(call.y, watched.y[pool])
 
@@ -2047,7 +2106,7 @@ def test_validation_images_are_chosen_from_the_unlabeled_ones(watched):
 def test_the_run_says_what_it_works_on(watched):
     assert watched.printed.startswith(
         "10 classes; 100 labeled, 150 unlabeled and 50 validation images\n"
-        "6 files left out: a, b, c, d, e\n"
+        "files left out: 6 (a, b, c, d, e)\n"
     )
 
 
@@ -2367,9 +2426,22 @@ def test_a_run_leaves_its_files(watched):
     }  # fmt: skip
 
 
-def test_args_json_has_the_options_and_class_names(watched):
+def test_args_json_has_the_options_and_what_was_read(watched, few):
     args = json.loads((watched.out / "args.json").read_text())
-    assert args == {"method": watched.script.METHOD, **vars(watched.args), "classes": SHAPES}
+    assert args == {
+        "method": watched.script.METHOD,
+        **vars(watched.args),
+        "classes": SHAPES,
+        "images": f"300 + 100, hash {watched.script.fingerprint(few, [SHAPES, []])}",
+        "pretrained_weights": None,
+    }
+
+
+def test_the_result_says_which_images_and_which_theta(watched):
+    args = json.loads((watched.out / "args.json").read_text())
+    assert watched.result["images"] == args["images"]
+    weights = torch.load(watched.out / "pretrain.pt").values()
+    assert watched.result["theta"] == watched.script.fingerprint(weights)
 
 
 def test_result_json_is_strict_and_what_main_returns(watched):
@@ -2378,9 +2450,20 @@ def test_result_json_is_strict_and_what_main_returns(watched):
 
 
 def test_the_result_has_the_command_as_a_shell_takes_it(few_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["vat_scar.py", "--out", "my runs/a"])
-    result = run(vat_scar, tmp_path / "run", "--epochs", 1)
-    assert result["command"] == "python vat_scar.py --out 'my runs/a'"
+    options = [*SMALL, "--epochs", "1", "--out", str(tmp_path / "my runs")]
+    monkeypatch.setattr(sys, "argv", ["any/where/vat_scar.py", *options])
+    monkeypatch.chdir(HERE)
+    words = " ".join(options[:-1])
+    assert vat_scar.main()["command"] == f"python vat_scar.py {words} '{tmp_path / 'my runs'}'"
+
+
+def test_the_result_has_the_command_that_main_was_given(few_images, tmp_path, monkeypatch):
+    """From a notebook, whose own command line says nothing."""
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.chdir(HERE / "results")
+    options = [*SMALL, "--epochs", "1", "--out", str(tmp_path / "run")]
+    command = vat_scar.main(options)["command"]
+    assert command == f"python ../vat_scar.py {' '.join(options)}"
 
 
 def test_the_result_says_what_ran(watched):
@@ -2832,7 +2915,7 @@ def test_num_labeled_is_4000_if_omitted(data, few_images, tmp_path, monkeypatch,
     monkeypatch.setattr(vat_scar, "load_images", lambda *args: (x, y, x_test, y_test))
     argv = ["--data", data, *SIZE, *ON_CPU, "--out", tmp_path / "run"]
     sentence = refusal(capsys, vat_scar, *argv)
-    assert sentence.startswith("--num-labeled 4000 leaves no unlabeled image")
+    assert sentence.startswith("--num-labeled 4000 is too many")
 
 
 class NamedCuda(str):
@@ -3157,6 +3240,7 @@ def uninterrupted(few, tmp_path_factory):
             folders[script] = tmp_path_factory.mktemp("whole") / "run"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(script, "load_images", lambda *args: few)
+                patch.setattr(script, "image_names", lambda *args: (SHAPES, [], []))
                 run(script, folders[script], "--eps", 8)
         return folders[script]
 
@@ -3345,14 +3429,14 @@ def test_a_run_that_was_begun_on_a_gpu_goes_on_without(unfinished, few_images):
     assert (unfinished / "args.json").read_text() == text
 
 
-@pytest.mark.parametrize("name", [*OTHER_SETTINGS, "pretrained"])
+@pytest.mark.parametrize("name", OTHER_SETTINGS)
 def test_another_runs_folder_is_refused_by_the_settings_name(
     name, uninterrupted, few_images, capsys
 ):
     out = uninterrupted(vat_scar)
     before = {path: path.read_bytes() for path in out.iterdir()}
     was = json.loads((out / "args.json").read_text())[name]
-    now = OTHER_SETTINGS.get(name, str(out / "pretrain.pt"))
+    now = OTHER_SETTINGS[name]
     argv = [*SMALL, "--eps", 8, "--out", out, *command_line({name: now})]
     sentence = refusal(capsys, vat_scar, *argv)
     assert f"({name} was {was}, now {now})" in sentence
@@ -3362,9 +3446,9 @@ def test_another_runs_folder_is_refused_by_the_settings_name(
 @each_script
 def test_no_setting_is_forgotten(script):
     """Each option stands in one of these lists."""
-    may_differ = {"device", "out", "data_dir", "compile", "tensorboard"}
+    may_differ = {"device", "out", "data_dir", "compile", "tensorboard", "pretrained"}
     others = {name for _, name, _ in OTHER_METHODS_SETTINGS}
-    listed = may_differ | others | OTHER_SETTINGS.keys() | {"pretrained"}
+    listed = may_differ | others | OTHER_SETTINGS.keys()
     assert vars(script.parse_args([])).keys() <= listed
 
 
@@ -3374,7 +3458,16 @@ def test_another_method_and_other_classes_are_refused(
     argv = [*SMALL, "--out", uninterrupted(vat_scar)]
     assert "method was vat, now mixmatch" in refusal(capsys, mixmatch_scar, *argv)
     monkeypatch.setattr(vat_scar, "image_names", lambda *args: (["cat"] * 10, [], []))
-    assert f"classes was {SHAPES}, now" in refusal(capsys, vat_scar, *argv, "--eps", 8)
+    sentence = refusal(capsys, vat_scar, *argv, "--eps", 8)
+    assert f"classes was {str(SHAPES)[:100]}, now ['cat', 'cat'" in sentence
+
+
+def test_a_refusal_is_short_however_many_classes_there_are(unfinished, few_images, capsys):
+    args = json.loads((unfinished / "args.json").read_text())
+    args["classes"] = [f"class {i}" for i in range(5000)]
+    (unfinished / "args.json").write_text(json.dumps(args))
+    sentence = refusal(capsys, vat_scar, *SMALL, "--eps", 8, "--out", unfinished)
+    assert "classes was ['class 0'," in sentence and len(sentence) < 500
 
 
 THETAS_SETTINGS = "data image_size flip num_labeled val seed depth width".split()
@@ -3395,6 +3488,149 @@ def test_another_runs_theta_is_refused_by_the_settings_name(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.fixture
+def other_images(few, few_images, monkeypatch):
+    """Changes one thing of what VAT's run reads."""
+
+    def change(what):
+        x, y, x_test, y_test = [tensor.clone() for tensor in few]
+        files = []
+        if what == "a training pixel":
+            x[250, 1, 5, 7] ^= 1
+        elif what == "a training label":
+            y[250] = (y[250] + 1) % 10
+        elif what == "a test pixel":
+            x_test[99, 2, 23, 23] ^= 1
+        elif what == "a test label":
+            y_test[99] = (y_test[99] + 1) % 10
+        elif what == "an image more":
+            x, y = torch.cat([x, x[:1]]), torch.cat([y, y[:1]])
+        elif what == "the order":
+            x, y = x.flip(0), y.flip(0)
+        else:
+            files = [f"{i}.png" for i in range(300)]
+        monkeypatch.setattr(vat_scar, "load_images", lambda *args: (x, y, x_test, y_test))
+        monkeypatch.setattr(vat_scar, "image_names", lambda *args: (SHAPES, files, []))
+
+    return change
+
+
+CHANGES = [
+    "a training pixel", "a training label", "a test pixel", "a test label", "an image more",
+    "the order", "file names",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_an_interrupted_run_does_not_go_on_with_other_images(
+    what, other_images, unfinished, capsys
+):
+    before = {path: path.read_bytes() for path in unfinished.iterdir()}
+    other_images(what)
+    sentence = refusal(capsys, vat_scar, *SMALL, "--eps", 8, "--out", unfinished)
+    assert sentence.startswith(f"{unfinished} is of other settings (images was 300 + 100, hash ")
+    assert before == {path: path.read_bytes() for path in unfinished.iterdir()}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_finished_run_is_not_printed_for_other_images(what, other_images, uninterrupted, capsys):
+    out = uninterrupted(vat_scar)
+    other_images(what)
+    sentence = refusal(capsys, vat_scar, *SMALL, "--eps", 8, "--out", out)
+    assert "(images was 300 + 100, hash " in sentence
+    assert "Table 1" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_theta_of_other_images_is_refused(what, other_images, uninterrupted, tmp_path, capsys):
+    other_images(what)
+    theta = uninterrupted(vat_scar) / "pretrain.pt"
+    sentence = refusal(capsys, vat_scar, *SMALL, "--pretrained", theta, "--out", tmp_path / "run")
+    assert sentence.startswith(f"{theta.parent} is of other settings (images was 300 + 100, hash ")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture
+def control(uninterrupted, few_images, tmp_path):
+    """A function that runs VAT's control from a theta~, in one folder."""
+
+    def start(theta):
+        return run(vat_scar, tmp_path / "control", "--select", "none", "--pretrained", theta)
+
+    return start
+
+
+def test_a_control_has_the_theta_of_its_scar_run(uninterrupted, control):
+    scar = json.loads((uninterrupted(vat_scar) / "result.json").read_text())
+    assert control(uninterrupted(vat_scar) / "pretrain.pt")["theta"] == scar["theta"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_goes_on_from_its_theta_wherever_that_is_now(
+    finished, uninterrupted, control, tmp_path, monkeypatch
+):
+    """As it was given, by a relative path, in a folder that was moved, or as a copy."""
+    theta = uninterrupted(vat_scar) / "pretrain.pt"
+    expected = control(theta)["final_accuracy"]
+    shutil.copytree(theta.parent, tmp_path / "moved")
+    shutil.copy(theta, tmp_path / "theta.pt")
+    monkeypatch.chdir(tmp_path)
+    for path in (theta, "moved/pretrain.pt", tmp_path / "moved" / "." / "pretrain.pt", "theta.pt"):
+        if not finished:
+            (tmp_path / "control" / "result.json").unlink()
+        assert control(path)["final_accuracy"] == expected
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_does_not_go_on_from_another_theta(
+    finished, uninterrupted, control, tmp_path, capsys
+):
+    """The run that pretrained it was deleted and run again, say."""
+    theta = tmp_path / "theta.pt"
+    shutil.copy(uninterrupted(vat_scar) / "pretrain.pt", theta)
+    control(theta)
+    if not finished:
+        (tmp_path / "control" / "result.json").unlink()
+    weights = torch.load(theta)
+    weights["linear.bias"][3] += 1e-6
+    torch.save(weights, theta)
+    with pytest.raises(SystemExit, match=r"control is of other settings \(pretrained_weights was"):
+        control(theta)
+
+
+def test_another_folder_with_the_same_classes_is_refused(tmp_path, capsys):
+    """By a finished run, and as a start from its theta~; the tables of neither are the other's."""
+    mine, theirs = [write_photos(tmp_path / name / "images") for name in ("mine", "theirs")]
+    with Image.open(theirs / "train" / "ant" / "0 0.png") as image:
+        image.rotate(180).save(theirs / "train" / "ant" / "0 0.png")
+    out = tmp_path / "run"
+    vat_scar.main([*folder_options(mine), "--epochs", "1", "--out", str(out)])
+    capsys.readouterr()
+    for more in (["--out", out], ["--pretrained", out / "pretrain.pt", "--out", tmp_path / "new"]):
+        sentence = refusal(capsys, vat_scar, *folder_options(theirs), "--epochs", 1, *more)
+        assert re.search(r"\(images was 22 \+ 6, hash \w{16}, now 22 \+ 6, hash \w{16}\)", sentence)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_theta_that_does_not_say_what_it_was_trained_on_is_told(
+    uninterrupted, few_images, tmp_path, capsys
+):
+    theta = uninterrupted(vat_scar) / "pretrain.pt"
+    note = "no args.json beside {} tells which images it was trained on\n"
+    run(vat_scar, tmp_path / "one", "--pretrained", theta)
+    assert "no args.json" not in capsys.readouterr().out
+    shutil.copy(theta, tmp_path)
+    run(vat_scar, tmp_path / "other", "--pretrained", tmp_path / "pretrain.pt")
+    assert note.format(tmp_path / "pretrain.pt") in capsys.readouterr().out
+
+
+def test_a_run_that_pretrained_does_not_go_on_from_a_theta(uninterrupted, few_images, capsys):
+    out = uninterrupted(vat_scar)
+    theta = out / "pretrain.pt"
+    sentence = refusal(capsys, vat_scar, *SMALL, "--eps", 8, "--out", out, "--pretrained", theta)
+    assert "(pretrained_weights was None, now " in sentence
+
+
 def test_theta_of_another_method_or_other_classes_is_refused(
     uninterrupted, few_images, tmp_path, monkeypatch, capsys
 ):
@@ -3402,7 +3638,7 @@ def test_theta_of_another_method_or_other_classes_is_refused(
     argv = [*SMALL, "--pretrained", theta, "--out", tmp_path / "run"]
     assert "(method was vat, now fixmatch)" in refusal(capsys, fixmatch_scar, *argv)
     monkeypatch.setattr(vat_scar, "image_names", lambda *args: (["cat"] * 10, [], []))
-    assert f"(classes was {SHAPES}, now" in refusal(capsys, vat_scar, *argv)
+    assert f"(classes was {str(SHAPES)[:100]}, now" in refusal(capsys, vat_scar, *argv)
     assert not any(tmp_path.iterdir())
 
 
@@ -3560,7 +3796,7 @@ def test_all_labels_of_a_folder_with_unlabeled_images_are_used(folder_run):
 
 
 def test_files_that_are_left_out_are_named(folder_run):
-    assert "1 files left out: train/bee/notes.txt\n" in folder_run.printed
+    assert "files left out: 1 (train/bee/notes.txt)\n" in folder_run.printed
 
 
 def test_class_names_are_those_of_the_folders(folder_run):
@@ -3578,7 +3814,7 @@ def test_selection_csv_names_each_file_beside_its_own_label(folder_run):
     model = load_model(folder_run.out / "model.pt", 2)
     for row in folder_run.rows:
         image = common._read_image(folder_run.root / row["file"], 30)
-        logits = vat_scar.predict(model, torch.tensor(image).permute(2, 0, 1)[None])
+        logits = vat_scar.predict(model, image[None])
         confidence, label = logits.softmax(dim=1)[0].max(dim=0)
         assert row["final_label"] == ["Käfer, rot", "bee"][label]
         assert float(row["final_confidence"]) == pytest.approx(confidence.item(), abs=1e-5)
@@ -3617,7 +3853,7 @@ def test_a_folder_without_unlabeled_images_has_4000_labels_unless_told(tmp_path,
     root = write_photos(tmp_path / "photos")
     shutil.rmtree(root / "unlabeled")
     sentence = refusal(capsys, vat_scar, *folder_options(root), "--out", tmp_path / "run")
-    assert sentence.startswith("--num-labeled 4000 leaves no unlabeled image: 11 at most")
+    assert sentence == "--num-labeled 4000 is too many: 12 labels are available"
 
 
 def test_a_folders_labels_are_its_classes_in_order(photos):
@@ -3719,23 +3955,37 @@ def take_out(root, *parts):
         shutil.rmtree(root / part)
 
 
+def rename_all(folder, suffix):
+    for path in list(folder.iterdir()):
+        path.rename(path.with_suffix(suffix))
+
+
 BAD_FOLDERS = {
     "other classes": (
         lambda root: (root / "test" / "bee").rename(root / "test" / "wasp"),
-        "train and test must have the same classes; only one has bee, wasp",
+        "photos/test (wasp): rename them, or take them out",
+    ),
+    "of other kinds": (
+        lambda root: rename_all(root / "train" / "bee", ".heic"),
+        "train/bee has no image (passed over: 6 .heic): put some there, or take the folder out",
+    ),
+    "unlabeled is a file": (
+        lambda root: (take_out(root, "unlabeled"), (root / "unlabeled").write_text("")),
+        "unlabeled (Not a directory): make it readable, or take it out",
     ),
     "one class": (
         lambda root: take_out(root, "train/bee", "test/bee"),
         "train has 1 class folders; it needs two or more",
     ),
-    "no test": (lambda root: take_out(root, "test"), "test has 0 class folders"),
+    "no test": (lambda root: take_out(root, "test"), "test (No such file or directory)"),
+    "empty test": (lambda root: take_out(root, "test/ant", "test/bee"), "test has no class folder"),
     "empty class": (
         lambda root: [path.unlink() for path in (root / "test" / "bee").iterdir()],
-        "test/bee has no image: put some there, or take the folder out",
+        "test/bee has no image (passed over: nothing): put some there, or take the folder out",
     ),
     "empty unlabeled": (
         lambda root: take_out(root, "unlabeled/deep er"),
-        "unlabeled has no image: put some there, or take the folder out",
+        "unlabeled has no image (passed over: nothing): put some there",
     ),
 }
 
@@ -3746,6 +3996,176 @@ def test_a_bad_folder_is_refused(fault, photos):
     spoil(photos)
     with pytest.raises(ValueError, match=re.escape(sentence)):
         load_images("folder", photos)
+
+
+def test_a_folder_that_cannot_be_read_is_refused(photos, monkeypatch):
+    """Wherever it is; nobody would miss its images otherwise."""
+    scandir = os.scandir
+    for folder in ("train", "test/bee", "unlabeled", "unlabeled/deep er"):
+
+        def refuse(path, folder=folder):
+            if Path(path) == photos / folder:
+                raise PermissionError(13, "Permission denied", str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        sentence = re.escape(f"cannot read {photos / folder} (Permission denied): make it")
+        with pytest.raises(ValueError, match=sentence):
+            load_images("folder", photos)
+
+
+@pytest.mark.parametrize("name", ["@eaDir", "__MACOSX", "lost+found"])
+def test_folders_of_file_servers_and_archives_are_left_out(name, photos):
+    """As a class, in a class, and deeper."""
+    before = common.image_names("folder", photos)
+    expected = []
+    for place in ("train", "test", "train/ant", "unlabeled/deep er"):
+        folder = photos / place / name
+        (folder / "0 0.png").mkdir(parents=True)
+        shutil.copy(photos / "train" / "ant" / "0 0.png", folder / "0 0.png" / "thumb.png")
+        expected.append(f"{place}/{name}")
+    classes, files, left_out = common.image_names("folder", photos)
+    assert (classes, files) == before[:2] and sorted(left_out) == sorted(expected)
+
+
+def test_a_link_to_itself_is_refused(photos):
+    (photos / "train" / "loop").symlink_to(photos / "train" / "loop")
+    with pytest.raises(ValueError, match="cannot read .*loop .Too many levels of symbolic links."):
+        load_images("folder", photos)
+
+
+def test_test_images_of_some_classes_are_enough(photos, tmp_path, capsys):
+    """Those that have none are named; labels are train's."""
+    shutil.rmtree(photos / "test" / "ant")
+    *_, y_test = load_images("folder", photos)
+    assert y_test.tolist() == [1, 1, 1]
+    options = [*folder_options(photos), "--epochs", "1", "--out", str(tmp_path / "run")]
+    vat_scar.main(options)
+    assert "\n1 of 2 classes have no test image: ant\n" in capsys.readouterr().out
+
+
+def test_a_pool_that_lacks_a_class_is_told(photos, tmp_path, capsys):
+    """Both ants are among the labels. What is in unlabeled/ may be ants."""
+    for n in range(4):
+        (photos / "train" / "ant" / f"0 {n}.png").unlink()
+    options = [*folder_options(photos), "--num-labeled", "4", "--epochs", "1", "--out"]
+    vat_scar.main([*options, str(tmp_path / "one")])
+    assert " of 2 classes have no " not in capsys.readouterr().out
+    shutil.rmtree(photos / "unlabeled")
+    vat_scar.main([*options, str(tmp_path / "other")])
+    assert "\n1 of 2 classes have no unlabeled image: ant\n" in capsys.readouterr().out
+
+
+def test_what_is_transparent_becomes_white(photos):
+    """In each mode that knows it; a black drawing on it would be all black otherwise."""
+    drawing = Image.new("LA", (8, 8), (0, 0))
+    drawing.putpixel((2, 3), (0, 255))
+    drawing.putpixel((4, 4), (0, 51))
+    expected = np.full((8, 8, 3), 255, np.uint8)
+    expected[3, 2] = 0
+    ants = photos / "train" / "ant"
+    drawing.save(ants / "a.png")
+    drawing.convert("RGBA").save(ants / "b.png")
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    palette.putpixel((2, 3), 0)
+    palette.save(ants / "c.png", transparency=1)
+    grey = Image.new("L", (8, 8), 9)
+    grey.putpixel((2, 3), 0)
+    grey.save(ants / "d.png", transparency=9)
+    for name, a_fifth in (("a", 204), ("b", 204), ("c", 255), ("d", 255)):
+        expected[4, 4] = a_fifth
+        pixels = common._read_image(ants / f"{name}.png", 8).permute(1, 2, 0).numpy()
+        assert (pixels == expected).all(), name
+
+
+def odd_name(text):
+    """A file's name that is not UTF-8, as Python has it."""
+    return os.fsdecode(text.encode("latin-1"))
+
+
+@pytest.fixture
+def odd_names(photos):
+    """Names of images, of classes, and of a file that is left out, in Latin-1."""
+    for part in ("train", "test"):
+        (photos / part / "bee").rename(photos / part / odd_name("Bär"))
+    (photos / "unlabeled" / "deep er" / "0 0.png").rename(photos / "unlabeled" / odd_name("é.png"))
+    (photos / "train" / "ant" / odd_name("ü.txt")).write_text("")
+    return photos.rename(photos.with_name(odd_name("Grüße")))
+
+
+def test_names_need_not_be_utf_8(odd_names, tmp_path):
+    """They are written as they are, and shown, by a command of its own, to its end."""
+    out = tmp_path / odd_name("läuft")
+    command = [sys.executable, HERE / "vat_scar.py", *folder_options(odd_names), "--out", out]
+    environment = {**os.environ, "PYTHONUTF8": "1"}
+    for _ in range(2):  # the second prints what the first one found
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert b"Table 1: test accuracy (%) on Gr\\udcfc\\udcdfe (files in " in done.stdout
+    rows = (out / "selection.csv").read_bytes().splitlines()
+    assert len(rows) == 11 and rows[1].startswith(b"unlabeled/deep er/0 1.png,")
+    assert rows[-1].startswith(b"unlabeled/\xe9.png,")
+    assert {row.split(b",")[1] for row in rows[1:]} <= {b"ant", b"B\xe4r"}
+    tables = [sys.executable, HERE / "results" / "tables.py", tmp_path]
+    done = subprocess.run(tables, env=environment, capture_output=True, timeout=600)
+    assert done.returncode == 0 and b"## Gr\\udcfc\\udcdfe, 12 labels" in done.stdout, done.stderr
+
+
+def test_files_that_are_left_out_are_named_whatever_their_names(odd_names, tmp_path):
+    command = [sys.executable, HERE / "vat_scar.py", *folder_options(odd_names)]
+    command += ["--epochs", "1", "--out", tmp_path / "run"]
+    environment = {**os.environ, "PYTHONUTF8": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=600)
+    assert b"files left out: 1 (train/ant/\\udcfc.txt)\n" in done.stdout
+
+
+def test_reading_shows_how_far_it_is_on_a_terminal(photos, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    with redirect_stdout(terminal):
+        common._read_files(photos, 201 * [("train/ant/0 0.png", 1)], 24)
+    counts = re.findall(r"reading images: (\d+) of 201\x1b\[K\r", terminal.getvalue())
+    assert counts == ["0", "100", "200"]
+
+
+def test_reading_prints_nothing_elsewhere(photos, capsys):
+    load_images("folder", photos)
+    assert capsys.readouterr().out == ""
+
+
+def test_damaged_images_are_named_together(photos):
+    for name in ("train/ant/0 1.png", "train/bee/1 2.png", "unlabeled/deep er/0 3.png"):
+        (photos / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="^3 of 22 images are damaged") as error:
+        load_images("folder", photos)
+    for name in ("train/ant/0 1.png", "train/bee/1 2.png", "unlabeled/deep er/0 3.png"):
+        assert f"cannot read {photos / name} (cannot identify image" in str(error.value)
+
+
+def test_validation_images_need_labels_that_are_left(photos, tmp_path, capsys):
+    """With unlabeled/ all labels are training's if --num-labeled does not say otherwise."""
+    argv = [*folder_options(photos), "--out", tmp_path / "run", "--val", 4]
+    sentence = refusal(capsys, vat_scar, *argv)
+    assert sentence == "after --num-labeled 12, --val 4 is too many: 0 labels are available"
+    result = vat_scar.main([str(word) for word in [*argv, "--num-labeled", 8]])
+    assert result["table2"][0]["kept"] + result["table2"][0]["rejected"] == 4
+
+
+def test_a_folder_that_changes_while_it_is_read_is_refused(photos, monkeypatch, tmp_path, capsys):
+    """Labels and names would be shifted."""
+    load = vat_scar.load_images
+
+    def load_and_add(data, data_dir, size):
+        images = load(data, data_dir, size)
+        shutil.copy(
+            photos / "train" / "ant" / "0 0.png", photos / "train" / "ant" / "a new one.png"
+        )
+        return images
+
+    monkeypatch.setattr(vat_scar, "load_images", load_and_add)
+    sentence = refusal(capsys, vat_scar, *folder_options(photos), "--out", tmp_path / "run")
+    assert sentence == f"{photos} changed while it was read: run the command again"
 
 
 def test_unknown_data_is_refused():
@@ -3795,8 +4215,8 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint
 def fake_benchmark(layout, labels_name, words):
     """Like torchvision's classes: four images to train with, four others to test on."""
 
-    def read(root, word, download):
-        assert root == "some/data" and download
+    def read(root, word):
+        assert root == "some/data"
         part = slice(0, 4) if words.index(word) == 0 else slice(4, 8)
         labels = np.arange(-1, 7)[part]
         return SimpleNamespace(data=PIXELS[part].transpose(layout), **{labels_name: labels})
@@ -3854,22 +4274,86 @@ def test_a_benchmark_that_cannot_be_had_is_refused(error, sentence, tmp_path, mo
         load_images("cifar10", tmp_path / "data")
 
 
-@pytest.mark.parametrize("existed", [True, False])
-def test_a_failed_download_leaves_a_folder_as_it_was(existed, tmp_path, monkeypatch):
+def test_a_failed_download_removes_nothing(tmp_path, monkeypatch):
+    """Neither what was in the folder nor what somebody puts there meanwhile."""
     folder = tmp_path / "data"
 
-    def fail(root, word, download):
-        folder.mkdir(exist_ok=True)
+    def fail(root, word, download=False):
+        if not download:
+            raise RuntimeError("Dataset not found")
+        (folder / "mine.txt").write_text("mine")
         raise OSError("no network")
 
-    if existed:
-        folder.mkdir()
-        (folder / "mine.txt").write_text("mine")
     monkeypatch.setitem(common.BENCHMARKS, "cifar10", (fail, *common.BENCHMARKS["cifar10"][1:]))
-    with pytest.raises(ValueError, match="could not be downloaded"):
+    folder.mkdir(parents=True)
+    (folder / ".lock").write_text("mine, too")
+    with pytest.raises(ValueError, match="could not be downloaded .no network."):
         load_images("cifar10", folder)
-    assert folder.exists() == existed
-    assert (folder / "mine.txt").exists() == existed
+    assert (folder / "mine.txt").read_text() == "mine"
+    assert (folder / ".lock").read_text() == "mine, too"
+
+
+def test_the_home_directory_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    """As torchvision takes it; no folder of that name is made."""
+
+    def fail(root, word, download=False):
+        raise RuntimeError("Dataset not found")
+
+    monkeypatch.setitem(common.BENCHMARKS, "cifar10", (fail, *common.BENCHMARKS["cifar10"][1:]))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="cifar10 is not in ~/data"):
+        load_images("cifar10", "~/data")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_where_files_cannot_be_locked_a_download_goes_on(tmp_path, monkeypatch):
+    def cannot(*inputs):
+        raise OSError(37, "No locks available")
+
+    def kind(root, word, download=False):
+        if not download:
+            raise RuntimeError("Dataset not found")
+        return SimpleNamespace(data=PIXELS, labels=np.arange(8))
+
+    monkeypatch.setattr(fcntl, "flock", cannot)
+    monkeypatch.setitem(common.BENCHMARKS, "svhn", (kind, "train", "test", "a file"))
+    x, *_ = load_images("svhn", tmp_path)
+    assert (x.numpy() == PIXELS).all()
+
+
+def test_of_runs_that_start_together_one_downloads(tmp_path, monkeypatch):
+    """The others wait for it, and read what it has unpacked."""
+    downloads, readers = [], []
+
+    data_dir = tmp_path / "not" / "yet" / "there"
+
+    def slow(root, word, download=False):
+        archive = Path(root, "archive")
+        if not archive.exists():
+            if not download:
+                raise RuntimeError("Dataset not found")
+            downloads.append(word)
+            time.sleep(0.3)
+            assert not archive.exists()
+            archive.write_text("whole")
+        readers.append(archive.read_text())
+        return SimpleNamespace(data=PIXELS, labels=np.arange(8))
+
+    monkeypatch.setitem(common.BENCHMARKS, "svhn", (slow, "train", "test", "a file"))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: load_images("svhn", data_dir), range(4)))
+    assert downloads == ["train"] and readers == 8 * ["whole"]
+
+
+def test_images_that_are_there_are_read_without_writing(tmp_path, monkeypatch):
+    """From a folder that only others may write to."""
+    dataset = SimpleNamespace(data=PIXELS, labels=np.arange(8))
+    monkeypatch.setitem(
+        common.BENCHMARKS, "svhn", (lambda root, word: dataset, "train", "test", "a file")
+    )
+    load_images("svhn", tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------------------- the tables
