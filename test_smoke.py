@@ -3927,6 +3927,7 @@ def odd_photos(photos):
     (ants / "twice.png").symlink_to(ants / "0 0.png")
     (photos / "unlabeled" / "too.png").symlink_to(ants / "0 0.png")
     (ants / "loop").symlink_to(photos / "train")
+    (ants / "album.png").symlink_to(photos / "test")
     (ants / "paper.pdf").write_text("Pillow writes these, and cannot read them")
     (photos / "train" / "readme").write_text("notes")
     (photos / "train" / ".hidden").mkdir()
@@ -3939,7 +3940,8 @@ def odd_photos(photos):
 def test_what_is_left_out_of_a_folder_is_told(odd_photos):
     """But not hidden files."""
     _, _, left_out = common.image_names("folder", odd_photos)
-    in_ant = [f"train/ant/{name}" for name in ("loop", "notes.txt", "paper.pdf", "twice.png")]
+    names = ("album.png", "loop", "notes.txt", "paper.pdf", "twice.png")
+    in_ant = [f"train/ant/{name}" for name in names]
     assert sorted(left_out) == [*in_ant, "train/readme", "unlabeled/too.png"]
 
 
