@@ -272,8 +272,8 @@ def _read_files(root, files, size):
             print(f"reading images: {i:,} of {len(files):,}", end="\033[K\r", flush=True)
     if errors:
         raise ValueError(
-            f"{len(errors)} of {len(files)} images are damaged or of an unsupported kind; "
-            f"repair them or take them out: {'; '.join(errors[:5])}"
+            f"damaged or unsupported images: {len(errors)} of {len(files)}; repair them or take "
+            f"them out: {'; '.join(errors[:5])}"
         )
     return x, torch.tensor([label for _, label in files])
 

@@ -366,7 +366,7 @@ def select_clean(model, x, eps):
     """
     model.eval()
     keep, pseudo = [], []
-    # 64 images of 32 x 32 pixels, fewer if they are larger: less memory than a training step takes
+    # as many pixels as 64 images of 32 x 32 have: larger images take no more memory
     images_at_once = max(1, 64 * 32 * 32 // (x.shape[2] * x.shape[3]))
     for images in x.split(images_at_once):
         images = to_float(images)
@@ -458,7 +458,7 @@ def update_average(average, model, decay):
 def predict(model, x):
     """Logits [N, C] for images [N, 3, H, W], uint8 or float; leaves the model in eval mode."""
     model.eval()
-    # twice as many as in select_clean, as nothing is kept for a gradient
+    # twice as many as select_clean takes, as nothing is kept for a gradient
     images_at_once = max(1, 128 * 32 * 32 // (x.shape[2] * x.shape[3]))
     with torch.no_grad():
         return torch.cat([model(to_float(images)) for images in x.split(images_at_once)])
@@ -610,6 +610,12 @@ def data_title(args):
     return titles.get(data_name(args), data_name(args))
 
 
+def command_line(argv):
+    """The command as a shell takes it; argv: main's, None for the options that Python was given."""
+    options = sys.argv[1:] if argv is None else argv
+    return shlex.join(["python", os.path.relpath(__file__), *options])
+
+
 def machine_info(args):
     """What the run ran on, for result.json."""
     name = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
@@ -750,9 +756,9 @@ def print_tables(result, out):
 def main(argv=None):
     """Runs what the command line says, or resumes it; returns what result.json holds."""
     args = parse_args(argv)
-    options = sys.argv[1:] if argv is None else argv
-    # now, as the working directory may change
-    command = shlex.join(["python", os.path.relpath(__file__), *options])
+    # for result.json; found here, as the working directory may change
+    command = command_line(argv)
+    title = data_title(args)
     out = Path(args.out)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # else convolutions use TF32; fgsm needs fp32
@@ -1011,7 +1017,7 @@ def main(argv=None):
     ms_per_step = float(np.median([row["ms_per_step"] for row in rows]))
     result = {
         "method": METHOD,
-        "data": data_title(args),
+        "data": title,
         "images": images,
         "scored_on": scored_on,
         "select": args.select,

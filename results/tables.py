@@ -204,8 +204,8 @@ def tables(runs):
     """Both tables of runs of one title, notes and settings below them: Markdown."""
     (data, images), *pairs = runs[0]["title"]
     pairs = dict(zip(TITLE, pairs))
-    told = {name: then(before, now) for name, (before, now) in pairs.items()}
-    scored = "test" if told["val"] == "0" else "validation"
+    value = {name: then(before, now) for name, (before, now) in pairs.items()}
+    scored = "test" if value["val"] == "0" else "validation"
     gains = ["gain over pretraining", "gain over control", "labels added, right (%)"]
     first = [[f"Table 1: {scored} accuracy (%)", "paper", "ours"] + gains]
     papers = ["sensitivity, paper", "specificity, paper"]
@@ -220,7 +220,11 @@ def tables(runs):
         choices = sorted({run["choice"] for run in those})
         common = set(choices[0]).intersection(*choices)
         for choice in choices:
-            own = [f"{option} {value}" for option, value in choice if (option, value) not in common]
+            own = [
+                f"{option} {setting}"
+                for option, setting in choice
+                if (option, setting) not in common
+            ]
             label = ", ".join([name] + own)
             same = [run for run in those if run["choice"] == choice]
             pretrained = [run for run in same if run["pretrains"]]
@@ -230,17 +234,17 @@ def tables(runs):
             first += rows1
             second += rows2
             notes += new_notes
-        options = ", ".join(f"{option} {value}" for option, value in sorted(common))
+        options = ", ".join(f"{option} {setting}" for option, setting in sorted(common))
         seeds = " ".join(str(seed) for seed in sorted({run["seed"] for run in those}))
         settings.append(f"- {name}: {options}; seeds {seeds}")
     epochs, epochs_after = pairs["epochs"]
-    head = f"## {data}, {told['num_labeled']} labels, WRN-{told['depth']}-{told['width']}, "
-    head += f"{epochs} + {epochs_after} epochs of {told['steps_per_epoch']} steps, "
-    head += f"batch {told['batch_size']}"
-    if told["image_size"] != "32":
-        head += f", {told['image_size']} x {told['image_size']} pixels"
-    if told["val"] != "0":
-        head += f", scored on {told['val']} validation images"
+    head = f"## {data}, {value['num_labeled']} labels, WRN-{value['depth']}-{value['width']}, "
+    head += f"{epochs} + {epochs_after} epochs of {value['steps_per_epoch']} steps, "
+    head += f"batch {value['batch_size']}"
+    if value["image_size"] != "32":
+        head += f", {value['image_size']} x {value['image_size']} pixels"
+    if value["val"] != "0":
+        head += f", scored on {value['val']} validation images"
     with_paper = data == "CIFAR-10"
     lines = [head, "", *markdown(first, [1], with_paper), ""]
     lines += [*markdown(second, [1, 2], with_paper), ""]
