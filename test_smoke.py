@@ -5015,6 +5015,33 @@ def test_run_all_refuses_variables(variable, value, tmp_path):
 
 @pytest.mark.parametrize(
     "option",
+@each_script
+def test_help_shows_the_default_of_each_option(script, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "None" not in text
+    defaults = {**DEFAULTS, **OWN_DEFAULTS[script.METHOD], "device": "auto", "precision": "auto"}
+    for name in ["pretrained", "tensorboard"] + ["mu"] * (script is not fixmatch_scar):
+        del defaults[name]
+    for name, default in defaults.items():
+        prefix = "--no-" if name in ("flip", "compile") else "--"
+        entry = text.partition(f" {prefix}{name.replace('_', '-')} ")[2]
+        shown = re.search(r"\(default: ([^)]+)\)", entry)[1]
+        if type(default) in (int, float):
+            assert float(shown) == default, name
+        elif name in ("data", "data_dir", "select", "device", "precision"):
+            assert shown == default, name
+
+
+@each_script
+def test_a_scripts_header_for_uv_has_the_requirements(script):
+    text = Path(script.__file__).read_text(encoding="utf-8")
+    header = re.match(r"# /// script\n(?:# .*\n)*?# dependencies = (.*)\n# ///\n", text)
+    lines = (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert json.loads(header[1]) == [line for line in lines if not line.startswith("#")]
+
+
     ["--seed=3", "--epochs", "--data", "--data-dir=x", "--out", "--select", "--pretrained"],
 )
 def test_run_all_refuses_options_that_it_sets_itself(option, tmp_path):

@@ -1,4 +1,8 @@
-r"""VAT -> SCAR (Selecting Clean samples with Adversarial Robustness), in one file.
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.5.1", "torchvision>=0.20.1", "numpy"]
+# ///
+r"""VAT with SCAR (Selecting Clean samples with Adversarial Robustness), in one file.
 
 Pretrains a WideResNet with VAT on 4,000 labels. Then SCAR: the pretrained model (theta~, the moving
 average of the weights) labels every unlabeled image, and FGSM attacks it. The images whose label
@@ -58,46 +62,71 @@ def parse_args(argv=None):
     """The command line; exits with code 2 and a message if it makes no sense."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--option value ...]   (--help lists the options)",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=f"Pretrains a WideResNet with {TITLE}, then fine-tunes it with SCAR.",
+        formatter_class=argparse.MetavarTypeHelpFormatter,
         allow_abbrev=False,
     )
-    option = parser.add_argument
     on_off = argparse.BooleanOptionalAction
+
+    def option(name, default, sentence, **more):
+        """Adds an option, of its default's type, to the current group; its help ends with it."""
+        sentence += f" (default: {default})"
+        group.add_argument(name, default=default, type=type(default), help=sentence, **more)
+
+    group = parser.add_argument_group("Data")
     data_sets = ["cifar10", "cifar100", "svhn", "stl10", "folder", "synthetic"]
-    option("--data", default="cifar10", choices=data_sets, help="which images to train on")
-    option("--data-dir", default="data", help="folder of the images, or to download them to")
-    option("--image-size", type=int, default=32, help="images of another size are resized to this")
-    option("--flip", action=on_off, help="mirror images at random; if omitted: yes, but for svhn")
-    option("--num-labeled", type=int, help="labels; omitted: 4000, or all if there is unlabeled/")
-    option("--val", type=int, default=0, help="score on N training images instead of the test set")
-    option("--seed", type=int, default=0, help="seed of the split, the weights and all draws")
-    option("--depth", type=int, default=28, help="depth of the WideResNet, 6n + 4")
-    option("--width", type=int, default=2, help="width of the WideResNet")
-    option("--epochs", type=int, default=200, help="epochs of each phase: pretraining, fine-tuning")
-    option("--steps-per-epoch", type=int, default=1024, help="training steps in an epoch")
-    option("--batch-size", type=int, default=64, help="labeled images in a step; as many unlabeled")
-    option("--lr", type=float, default=0.002, help="learning rate")
-    option("--weight-decay", type=float, default=0.02, help="w *= 1 - lr * this, conv and linear")
-    option("--ema-decay", type=float, default=0.999, help="decay of the averaged, evaluated model")
-    option("--lambda-u", type=float, default=0.3, help="weight of the unlabeled loss, ramped up")
-    option("--vat-eps", type=float, default=3.0, help="L2 radius of VAT on images in [0, 1]")
-    option("--xi", type=float, default=1.0, help="L2 length at which VAT probes for its direction")
-    option("--power-iterations", type=int, default=1, help="to find VAT's direction; 0: random")
-    option("--entropy-weight", type=float, default=0.0, help="weight of the predictions' entropy")
-    option("--eps", type=float, default=6.0, help="FGSM's step in 1/255; at 0 every image is kept")
-    rules = ["fgsm", "none", "confidence"]
-    option("--select", default="fgsm", choices=rules, help="which images to add; none: the control")
-    table2 = [1.0, 2.0, 3.0, 4.0, 6.0]
-    option("--table2-eps", type=float, nargs="+", default=table2, help="Table 2's rows, with --eps")
-    option("--pretrained", metavar="PATH", help="start at the selection, from this pretrain.pt")
-    devices = ["auto", "cpu", "cuda"]
-    option("--device", default="auto", choices=devices, help="auto: CUDA if there is a GPU")
-    types = ["auto", "bf16", "fp32"]
-    option("--precision", default="auto", choices=types, help="auto: bf16 if the GPU supports it")
-    option("--compile", action=on_off, help="torch.compile and CUDA graphs; if omitted: on CUDA")
-    option("--tensorboard", action="store_true", help="write TensorBoard events as well")
-    option("--out", help="folder; runs/<method>__<data>__<select>-eps<eps>__seed<seed> if omitted")
+    option("--data", "cifar10", "folder: your own images; synthetic: drawn ones", choices=data_sets)
+    option("--data-dir", "data", "Folder that holds the images, or where to download them")
+    option("--image-size", 32, "Side of the images in pixels; those of other sizes are resized")
+    flip = "Mirror training images at random (default: yes, except for svhn)"
+    group.add_argument("--flip", action=on_off, help=flip)
+    labels = "Number of labels used (default: 4000, or all if a folder has unlabeled/)"
+    group.add_argument("--num-labeled", type=int, help=labels)
+    option("--val", 0, "Score on this many training images, held out, instead of the test set")
+
+    group = parser.add_argument_group("Model")
+    option("--depth", 28, "Depth of the WideResNet, 6n + 4")
+    option("--width", 2, "Width of the WideResNet, a multiple of 16 channels")
+    option("--ema-decay", 0.999, "Decay of the averaged weights, which are what is evaluated")
+
+    group = parser.add_argument_group("Training")
+    option("--epochs", 200, "Epochs of pretraining, and again of fine-tuning")
+    option("--steps-per-epoch", 1024, "Training steps in an epoch")
+    option("--batch-size", 64, "Labeled images in a training step, and as many unlabeled ones")
+    option("--lr", 0.002, "Learning rate of Adam")
+    option("--weight-decay", 0.02, "Each step shrinks convolution and linear weights by lr * this")
+    option("--seed", 0, "Seed of the labeled set, the initial weights and all random draws")
+
+    group = parser.add_argument_group(TITLE)
+    option("--lambda-u", 0.3, "Weight of the unlabeled loss; rises over two fifths of pretraining")
+    option("--vat-eps", 3.0, "L2 length of VAT's perturbation of an image in [0, 1]")
+    option("--xi", 1.0, "L2 length at which VAT probes for the worst direction")
+    option("--power-iterations", 1, "How often VAT refines that direction; 0 leaves it random")
+    option("--entropy-weight", 0.0, "Weight of the entropy of the predictions in the loss")
     parser.set_defaults(mu=1)  # unlabeled images in a step, for each labeled one
+
+    group = parser.add_argument_group("SCAR")
+    option("--eps", 6.0, "Step of FGSM in units of 1/255; 0 keeps every image")
+    rules = ["fgsm", "none", "confidence"]
+    select = "Images to add: what withstands FGSM, none (the control), the most confident"
+    option("--select", "fgsm", select, choices=rules)
+    table2 = [1.0, 2.0, 3.0, 4.0, 6.0]
+    eps_values = "Values of eps in Table 2, besides --eps (default: 1 2 3 4 6)"
+    group.add_argument("--table2-eps", type=float, nargs="+", default=table2, help=eps_values)
+    pretrained = "Skip pretraining: start from this pretrain.pt of an earlier run"
+    group.add_argument("--pretrained", type=str, help=pretrained)
+
+    group = parser.add_argument_group("Run")
+    out = "Output folder (default: runs/<method>__<data>__<select>-eps<eps>__seed<seed>)"
+    group.add_argument("--out", type=str, help=out)
+    device = "auto: the GPU, if there is one"
+    option("--device", "auto", device, choices=["auto", "cpu", "cuda"])
+    precision = "auto: bf16 on a GPU that supports it, otherwise fp32"
+    option("--precision", "auto", precision, choices=["auto", "bf16", "fp32"])
+    compiled = "Use torch.compile and, on one GPU, a CUDA graph (default: on a GPU)"
+    group.add_argument("--compile", action=on_off, help=compiled)
+    events = "Also write TensorBoard events"
+    group.add_argument("--tensorboard", action="store_true", help=events)
 
     args = parser.parse_args(argv)
     if args.xi == 0:
