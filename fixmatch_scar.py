@@ -859,6 +859,8 @@ def main(argv=None):
     check_same_settings(out, settings, [name for name in settings if name not in may_differ])
     if any(out.glob("[!.]*")) and not (out / "args.json").exists():
         sys.exit(f"error: {out} is not empty and holds no run; choose another --out")
+        if args.val == 0 and len(x_test) == 0:
+            raise ValueError(f"{args.data_dir} has no test/; --val N scores on training images")
     if (out / "result.json").exists():
         result = load_json(out / "result.json")
         print_tables(result, out)

@@ -3979,7 +3979,6 @@ BAD_FOLDERS = {
         lambda root: take_out(root, "train/bee", "test/bee"),
         "train has 1 class folders; it needs two or more",
     ),
-    "no test": (lambda root: take_out(root, "test"), "test (No such file or directory)"),
     "empty test": (lambda root: take_out(root, "test/ant", "test/bee"), "test has no class folder"),
     "empty class": (
         lambda root: [path.unlink() for path in (root / "test" / "bee").iterdir()],
@@ -4089,6 +4088,20 @@ def odd_name(text):
 @pytest.fixture
 def odd_names(photos):
     """Names of images, of classes, and of a file that is left out, in Latin-1."""
+def test_a_folder_without_test_images_is_scored_on_training_images(photos, tmp_path, capsys):
+    take_out(photos, "test")
+    *_, x_test, y_test = load_images("folder", photos, 24)
+    assert (x_test.shape, x_test.dtype) == ((0, 3, 24, 24), torch.uint8)
+    assert (y_test.shape, y_test.dtype) == ((0,), torch.int64)
+    options = [*folder_options(photos), "--out", tmp_path / "run", "--num-labeled", 8]
+    assert refusal(capsys, vat_scar, *options) == (
+        f"{photos} has no test/; --val N scores on training images"
+    )
+    result = vat_scar.main([*map(str, options), "--val", "4"])
+    assert result["scored_on"] == "validation"
+    assert "2 classes; 8 labeled, 10 unlabeled and 4 validation images" in capsys.readouterr().out
+
+
     for part in ("train", "test"):
         (photos / part / "bee").rename(photos / part / odd_name("Bär"))
     (photos / "unlabeled" / "deep er" / "0 0.png").rename(photos / "unlabeled" / odd_name("é.png"))
