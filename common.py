@@ -1,4 +1,4 @@
-"""What the scripts share, and nothing else: the network, the images with their split, and FGSM."""
+"""All that the scripts share: the network, the images with their split, and FGSM."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN
 
 
 class Block(nn.Module):
-    """bn-lrelu-conv-bn-lrelu-conv and a shortcut; the first block's takes the activated input."""
+    """bn-lrelu-conv-bn-lrelu-conv plus a shortcut, which may take the activated input instead."""
 
     def __init__(self, channels_in, channels_out, stride, activate_shortcut=False):
         super().__init__()
@@ -43,9 +43,9 @@ class WideResNet(nn.Module):
 
     forward: float [N, 3, H, W] in [0, 1] -> logits [N, num_classes]; 1,467,610 parameters at 28-2.
     Raises ValueError for a depth that is not 6n + 4 with n >= 1, or a width below 1.
-    Source: google-research/fixmatch, libml/models.py, with its eps of 1e-3 in batch norm. Three
+    Source: google-research/fixmatch, libml/models.py, including its batch-norm eps of 1e-3. Three
     things differ: convolutions have no bias, batch norm's momentum is PyTorch's 0.1, and at stride
-    2 all sides are padded (TensorFlow pads the right and the bottom alone).
+    2 all sides are padded (TensorFlow pads only the right and the bottom).
     """
 
     def __init__(self, num_classes=10, depth=28, width=2):
@@ -88,9 +88,9 @@ BENCHMARKS = {  # torchvision's class, its words for training and test images, w
     "stl10": (STL10, "train+unlabeled", "test", "stl10_binary.tar.gz"),
 }
 SHAPES = "disk,ring,square,frame,triangle,plus,bar,two bars,half disk,four dots".split(",")
-# Pillow's extensions but for those that it only writes or has no decoder for
+# Pillow's extensions, except those that it can only write or has no decoder for
 IMAGE_KINDS = set(Image.registered_extensions()) - {".pdf", ".palm", ".mpg", ".mpeg", ".h5", ".hdf"}
-SYSTEM_FOLDERS = {"@eaDir", "__MACOSX", "lost+found"}  # their images are thumbnails and the like
+SYSTEM_FOLDERS = {"@eaDir", "__MACOSX", "lost+found"}  # they hold thumbnails and the like
 
 
 def load_images(data, data_dir, size=32):
@@ -130,8 +130,11 @@ def _resize(x, size):
 
 
 def image_names(data, data_dir):
-    """Returns (classes, files, left_out): the names of the labels, in their order; with "folder",
-    the path below data_dir of each image of x_train; and the paths that are not read."""
+    """Returns (classes, files, left_out), three lists of names.
+
+    classes: the name of each label. For "folder", files has the path below data_dir of each image
+    of x_train, and left_out the paths that were not read; otherwise both are empty.
+    """
     if data == "folder":
         classes, train, _, left_out = _list_folder(Path(data_dir))
         return classes, [name for name, _ in train], left_out
@@ -142,7 +145,7 @@ def image_names(data, data_dir):
 
 
 def _read_benchmark(data, data_dir, test):
-    """Returns (x, y, classes) of torchvision's data set, which is downloaded when it is missing."""
+    """Returns (x, y, classes) of torchvision's data set, which is downloaded if it is missing."""
     kind, train_word, test_word, archive = BENCHMARKS[data]
     word = test_word if test else train_word
     try:
@@ -152,7 +155,7 @@ def _read_benchmark(data, data_dir, test):
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"{data} is not in {data_dir} and could not be downloaded ({error}): put {archive} "
-            "there, or use --data folder with your own images, or --data synthetic without a file"
+            "there, or use --data folder for your own images or --data synthetic, which needs none"
         ) from None
     x = torch.from_numpy(dataset.data)
     if x.shape[3] == 3:  # CIFAR's channels come last
@@ -163,7 +166,7 @@ def _read_benchmark(data, data_dir, test):
 
 
 def _find_or_download(kind, data_dir, word):
-    """torchvision's data set; if it is missing, one process downloads it while the others wait."""
+    """Opens torchvision's data set. If it is missing, one process downloads it, others wait."""
     try:
         return kind(data_dir, word)
     except RuntimeError:  # it is missing or damaged, or another process is unpacking it
@@ -175,7 +178,7 @@ def _find_or_download(kind, data_dir, word):
 
 
 def _lock(file):
-    """Waits until no other process has locked the file; not where the system has no such locks."""
+    """Waits for other processes' locks on the file, then locks it, if the system has locks."""
     try:
         import fcntl
 
@@ -185,10 +188,14 @@ def _lock(file):
 
 
 def _list_folder(root):
-    """Returns classes, (path below root, label) of training and test images, and paths left out."""
+    """Lists a folder of images.
+
+    Returns classes, two lists of (path below root, label) for training and testing, and the paths
+    that are left out.
+    """
     try:
         classes, places, left_out = _list_classes(root)
-        images = {"train": {}, "test": {}}  # by resolved path: a file linked twice counts once
+        images = {"train": {}, "test": {}}  # by resolved path, so a file linked twice counts once
         for part, label, folder in places:
             others = []
             count = len(images[part])
@@ -203,22 +210,24 @@ def _list_folder(root):
                 kinds = Counter(path.suffix or path.name for path in others)
                 numbers = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(5))
                 raise ValueError(
-                    f"{folder} has no image (passed over: {numbers or 'nothing'}): put some there, "
-                    "or take the folder out"
+                    f"{folder} has no image (it has {numbers or 'nothing'}): put some there, or "
+                    "remove the folder"
                 )
             left_out += [path.relative_to(root).as_posix() for path in others]
     except OSError as error:
         raise ValueError(
-            f"cannot read {error.filename} ({error.strerror}): make it readable, or take it out"
+            f"cannot read {error.filename} ({error.strerror}): make it readable, or remove it"
         ) from None
     return classes, list(images["train"].values()), list(images["test"].values()), left_out
 
 
 def _list_classes(root):
-    """Returns classes, (train or test, label, folder) of all folders of images, paths left out."""
+    """Returns classes, a list of (train or test, label, folder), and the paths left out."""
     names = {"train": [], "test": []}
     left_out = []
     for part in names:
+        if part == "test" and not os.path.lexists(root / part):
+            continue
         for entry in _visible(root / part):
             if entry.is_dir() and entry.name not in SYSTEM_FOLDERS:
                 names[part].append(entry.name)
@@ -226,8 +235,6 @@ def _list_classes(root):
                 left_out.append(f"{part}/{entry.name}")
     classes = names["train"]
     if len(classes) < 2:
-        if part == "test" and not os.path.lexists(root / part):
-            continue
         raise ValueError(f"{root / 'train'} has {len(classes)} class folders; it needs two or more")
     if os.path.lexists(root / "test") and not names["test"]:
         raise ValueError(f"{root / 'test'} has no class folder; it needs those of train")
@@ -235,7 +242,7 @@ def _list_classes(root):
     if unknown:
         raise ValueError(
             f"train lacks {len(unknown)} of the classes in {root / 'test'} "
-            f"({', '.join(unknown[:5])}): rename them, or take them out"
+            f"({', '.join(unknown[:5])}): rename them, or remove them"
         )
     places = [
         (part, classes.index(name), root / part / name) for part in names for name in names[part]
@@ -246,15 +253,15 @@ def _list_classes(root):
 
 
 def _visible(folder):
-    """The entries of a folder in the order of their names, but for hidden ones."""
+    """The entries of a folder, sorted by name, without hidden ones."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     return [entry for entry in entries if not entry.name.startswith(".")]
 
 
 def _files_below(folder):
-    """Yields every path below a folder that is not a folder itself, in the order of their names.
+    """Yields every file below a folder, sorted by name.
 
-    Links to folders and SYSTEM_FOLDERS are yielded, not entered.
+    Links to folders and SYSTEM_FOLDERS are yielded like files, not entered.
     """
     for entry in _visible(folder):
         if entry.is_dir(follow_symlinks=False) and entry.name not in SYSTEM_FOLDERS:
@@ -276,8 +283,8 @@ def _read_files(root, files, size):
             print(f"reading images: {i:,} of {len(files):,}", end="\033[K\r", flush=True)
     if errors:
         raise ValueError(
-            f"damaged or unsupported images: {len(errors)} of {len(files)}; repair them or take "
-            f"them out: {'; '.join(errors[:5])}"
+            f"damaged or unsupported images: {len(errors)} of {len(files)}; repair or remove "
+            f"them: {'; '.join(errors[:5])}"
         )
     return x, torch.tensor([label for _, label in files], dtype=torch.int64)
 
@@ -286,14 +293,14 @@ def _read_image(path, size):
     """uint8 [3, size, size] in RGB; ValueError where Pillow cannot read the file as that."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow would cut values off at 255
+            if image.mode.startswith(("I", "F")):  # Pillow would clip their values at 255
                 raise ValueError("more than 8 bits a channel")
             image = ImageOps.exif_transpose(image)
             if "A" in image.getbands() or "transparency" in image.info:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             image = image.convert("RGB")
-    except Exception as error:  # Pillow has a dozen kinds for a damaged file
+    except Exception as error:  # for a damaged file Pillow has a dozen kinds
         raise ValueError(f"cannot read {path} ({error})") from None
     if image.size != (size, size):
         image = image.resize((size, size))
@@ -301,7 +308,7 @@ def _read_image(path, size):
 
 
 def _draw_shapes(count):
-    """SHAPES at any place, size, angle, colour: uint8 [count, 3, 32, 32], int64 [count]."""
+    """Draws SHAPES at random: uint8 [count, 3, 32, 32], int64 [count]."""
     rng = np.random.default_rng(0)
 
     def draw(low, high, *shape):
@@ -309,14 +316,14 @@ def _draw_shapes(count):
 
     label = rng.permuted(np.tile(np.arange(10), (count // 10, 1)), axis=1).reshape(-1)
 
-    # u, v: each pixel in the shape's own frame, which it fills from about -1 to 1
+    # u, v: the pixels in the shape's own frame, which it fills from about -1 to 1
     row, column = np.mgrid[:32, :32].astype(np.float32)
     x, y = column - draw(12.5, 18.5, 1, 1), row - draw(12.5, 18.5, 1, 1)
     angle, size = draw(-0.35, 0.35, 1, 1), draw(8, 13, 1, 1)
     u = (np.cos(angle) * x + np.sin(angle) * y) / size
     v = (np.cos(angle) * y - np.sin(angle) * x) / size
 
-    # each shape is where its function is below 0
+    # each shape lies where its function is below 0
     radius, box = np.hypot(u, v), np.maximum(abs(u), abs(v))
     bar = np.maximum(abs(u) - 1, abs(v) - 0.35)
     upright = np.maximum(abs(v) - 1, abs(u) - 0.35)
@@ -346,12 +353,12 @@ def _draw_shapes(count):
 def split_labeled(y, num_labeled, seed, classes=None, option="--num-labeled"):
     """Chooses the images whose labels training may see: (labeled_idx, unlabeled_idx).
 
-    y: int64 [N], -1 without a label. Returns two ascending int64 tensors on the CPU, disjoint,
-    together 0 .. N - 1. Each class gets num_labeled // C labels; if that leaves a remainder,
-    randomly chosen classes get one more. If some images have no label, num_labeled may be the
-    number of all labels: then all are taken, however uneven the classes, if each has one.
-    Raises ValueError when there are too few images; it names the class (from `classes`; without
-    them C is the largest label + 1) and what asked for the images (`option`).
+    y: int64 [N], -1 where there is no label. Returns two ascending int64 tensors on the CPU,
+    disjoint, together 0 .. N - 1. Each class gets num_labeled // C labels; if that leaves a
+    remainder, randomly chosen classes get one more. Where some images have no label, num_labeled
+    may be the number of all labels; then all are taken, however uneven, if each class has one.
+    Raises ValueError if there are too few images, with the name of the class (from `classes`;
+    without them C is the largest label + 1) and of what asked for the images (`option`).
     """
     y = y.cpu()
     counts = torch.bincount(y[y >= 0], minlength=len(classes or []))
@@ -384,12 +391,12 @@ def split_labeled(y, num_labeled, seed, classes=None, option="--num-labeled"):
 
 
 def fgsm(model, x, y, eps):
-    """One signed-gradient step away from label y, within eps of x.
+    """Takes one signed-gradient step away from label y, within eps of x.
 
     x: float32 [N, 3, H, W] in [0, 1]; y: int64 [N]; eps: on the scale of x. Returns x_adv like x.
-    The model (not a compiled one) runs in eval mode and without autocast, and comes back as it was:
-    the mode of every submodule, batch-norm statistics, gradients of the parameters. The caller
-    switches TF32 off (torch.backends.cudnn.allow_tf32): it could flip signs of small gradients.
+    The model (not a compiled one) runs in eval mode without autocast and is left as it was: the
+    mode of every submodule, batch-norm statistics, gradients of the parameters. The caller switches
+    TF32 off (torch.backends.cudnn.allow_tf32), which could flip the signs of small gradients.
     Source: PAPER, equation 3 with one step of alpha = eps from x (Algorithm 1, line 6).
     """
     modes = {module: module.training for module in model.modules()}

@@ -4,22 +4,21 @@
 # ///
 r"""MixMatch with SCAR (Selecting Clean samples with Adversarial Robustness), in one file.
 
-Pretrains a WideResNet with MixMatch on 4,000 labels. Then SCAR: the pretrained model (theta~, the
-moving average of the weights) labels every unlabeled image, and FGSM attacks it. The images whose
-label withstands the attack join the labeled set under that label, and MixMatch goes on from theta~
-for as many epochs again. The second command is the control: the same with nothing added.
+Pretrains a WideResNet with MixMatch on 4,000 labels, then fine-tunes it with SCAR: the pretrained
+model, theta~ (the moving average of the weights), labels every unlabeled image, and FGSM attacks
+it. Images that keep their label under the attack join the labeled set, and MixMatch continues from
+theta~ for as many epochs again. The second command is the control: the same, but nothing is added.
 
     python mixmatch_scar.py --eps 1 --epochs 200
     python mixmatch_scar.py --eps 1 --epochs 200 --select none \
         --pretrained runs/mixmatch__cifar10__fgsm-eps1__seed0/pretrain.pt
 
-PAPER, in the comments: Yang, Kim and Kim, "Improving Performance of Semi-Supervised Learning by
-Adversarial Attacks", which reports 89.99 % for MixMatch and 92.99 % with SCAR. MixMatch: Berthelot
-et al. 2019, arXiv:1905.02249, and google-research/mixmatch.
-Measured on CIFAR-10 as JPEG files, 9 + 9 epochs, seed 0, bf16, torch 2.11, one H100, when batch
-norm's eps was 1e-5 and lambda_u reached full weight after 40 % of pretraining: 78.56 % after
-MixMatch, 80.74 % with SCAR, 79.74 % in the control (one seed). A step takes 4.1 ms alone on the
-GPU.
+"PAPER" is Yang, Kim and Kim, "Improving Performance of Semi-Supervised Learning by Adversarial
+Attacks", which reports 89.99 % for MixMatch and 92.99 % with SCAR. MixMatch: Berthelot et al. 2019,
+arXiv:1905.02249, and google-research/mixmatch.
+Measured on CIFAR-10 (JPEG) after 9 + 9 epochs (seed 0, one H100, bf16, torch 2.11, batch norm's eps
+still 1e-5, lambda_u at full weight after 40 % of pretraining): MixMatch 78.56 %, SCAR 80.74 %,
+control 79.74 %. A step takes 4.1 ms.
 """
 
 import argparse
@@ -51,7 +50,7 @@ from common import WideResNet, fgsm, image_names, load_images, split_labeled
 METHOD = "mixmatch"
 TITLE = "MixMatch"
 
-# torchrun starts several processes and tells each how many they are and which one it is
+# torchrun starts several processes and tells each one how many there are and its own number
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
 
@@ -66,6 +65,7 @@ def parse_args(argv=None):
         formatter_class=argparse.MetavarTypeHelpFormatter,
         allow_abbrev=False,
     )
+    on_off = argparse.BooleanOptionalAction
 
     def option(name, default, sentence, **more):
         """Adds an option, of its default's type, to the current group; its help ends with it."""
@@ -73,7 +73,6 @@ def parse_args(argv=None):
         group.add_argument(name, default=default, type=type(default), help=sentence, **more)
 
     group = parser.add_argument_group("Data")
-    on_off = argparse.BooleanOptionalAction
     data_sets = ["cifar10", "cifar100", "svhn", "stl10", "folder", "synthetic"]
     option("--data", "cifar10", "folder: your own images; synthetic: drawn ones", choices=data_sets)
     option("--data-dir", "data", "Folder that holds the images, or where to download them")
@@ -162,17 +161,17 @@ def check_ranges(parser, args):
         if not 0 <= eps <= 255:
             parser.error(f"--eps and --table2-eps must be from 0 to 255: {eps}")
     if args.batch_size % WORLD_SIZE != 0:
-        parser.error(f"--batch-size {args.batch_size} does not divide among {WORLD_SIZE} processes")
+        parser.error(f"--batch-size {args.batch_size} is not divisible by {WORLD_SIZE} processes")
 
 
 def resolve_defaults(parser, args):
-    """Replaces "auto" and omitted options by what they mean on this machine."""
+    """Replaces "auto" and omitted options with what they mean on this machine."""
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         parser.error("--tensorboard needs the package tensorboard: pip install tensorboard")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no NVIDIA GPU here; --device cpu needs none")
+        parser.error("--device cuda: PyTorch finds no NVIDIA GPU; use --device cpu")
     if args.precision == "auto":
         args.precision = "fp32"
         if args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -187,7 +186,7 @@ def resolve_defaults(parser, args):
 
 
 def data_name(args):
-    """The data set's name in the run folder's name; for --data folder that of the image folder."""
+    """The data set's name as in the run folder's; with --data folder, the name of that folder."""
     return Path(args.data_dir).resolve().name if args.data == "folder" else args.data
 
 
@@ -197,15 +196,16 @@ def data_name(args):
 def weak_augment(x, flip=True):
     """Flips each image with probability 1/2 and shifts it by up to an eighth of its side each way.
 
-    Reflection fills the gap. x: uint8 [N, 3, H, W], else ValueError; returns the same. flip: False
-    where a mirror image is another thing, such as a digit. Source: FixMatch, section 2.3.
+    Reflection fills the gap. x: uint8 [N, 3, H, W]; anything else raises ValueError. Returns the
+    same shape and type. flip: False where a mirror image means something else, as with digits.
+    Source: FixMatch, section 2.3.
     """
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
         raise ValueError(f"uint8 images [N, 3, H, W] are needed, not {x.dtype} {list(x.shape)}")
     n, _, h, w = x.shape
 
     def source_of(size):
-        """int64 [N, size]: for each row or column of the output, that of the input it shows."""
+        """int64 [N, size]: the row or column of the input that each one of the output shows."""
         shift = torch.randint(-(size // 8), size // 8 + 1, (n, 1), device=x.device)
         position = torch.arange(size, device=x.device) + shift
         return (size - 1) - ((size - 1) - position.abs()).abs()  # -1 -> 1, size -> size - 2
@@ -220,7 +220,7 @@ def weak_augment(x, flip=True):
 
 
 def to_float(x):
-    """uint8 [N, 3, H, W] -> float32 in [0, 1], channels_last; float images stay as they are."""
+    """uint8 [N, 3, H, W] -> float32 in [0, 1], channels_last; float images pass unchanged."""
     if x.is_floating_point():
         return x
     return x.to(torch.float32, memory_format=torch.channels_last) / 255
@@ -230,16 +230,16 @@ def to_float(x):
 
 
 def forward_untracked(model, x):
-    """model(x), batch norm's running statistics left as they are: only copies of them move."""
+    """Computes model(x) on copies of batch norm's running statistics, which thus do not move."""
     copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
     return functional_call(model, copies, x)
 
 
 def draw_mix(count, alpha, device):
-    """float [count]: max(l, 1 - l) with l from Beta(alpha, alpha), alpha from 0.01 up; 0 gives 1.
+    """Draws max(l, 1 - l), float [count], with l from Beta(alpha, alpha); alpha 0 gives ones.
 
-    l is the share of one of two Gamma samples in their sum. They are float64, because at a small
-    alpha both underflow in float32, and the share is exactly one half.
+    alpha: 0, or at least 0.01. l is the share of one of two Gamma samples in their sum. The samples
+    are float64: in float32, with a small alpha, both may underflow to the same number.
     """
     if alpha == 0:
         return torch.ones(count, device=device)
@@ -253,20 +253,20 @@ def mixmatch_loss(
 ):
     """Cross-entropy on mixed labeled images + lambda_u * squared error on mixed unlabeled ones.
 
-    x_l: float [B, 3, H, W] in [0, 1], y_l: int64 [B]; x_u1, x_u2: float [B, 3, H, W], two weak
-    views of the same images; temperature above 0; alpha: see draw_mix, 0 switches MixUp off;
-    lambda_u: float or 0-dim tensor. mix: float [3B] in [0.5, 1], the share of an image itself in
-    its mixture; perm: int64 [3B], the image that it is mixed with; both drawn when None.
+    x_l: float [B, 3, H, W] in [0, 1]; y_l: int64 [B]; x_u1, x_u2: float [B, 3, H, W], two weak
+    views of the same images; temperature: above 0; alpha: see draw_mix, 0 switches MixUp off;
+    lambda_u: float or 0-dim tensor. mix: float [3B] in [0.5, 1], the weight of each image in its
+    own mixture; perm: int64 [3B], the image it is mixed with; both are drawn if None.
     Returns (loss, metrics): a scalar, and detached scalars loss_labeled and loss_unlabeled (without
     lambda_u; the mean over images and classes).
     Source: MixMatch, algorithm 1 and equations 2 to 5; google-research/mixmatch, mixmatch.py.
     """
-    with torch.no_grad():  # the guess: the mean prediction for both views, sharpened
+    with torch.no_grad():  # the guess: the mean prediction of both views, sharpened
         prob = forward_untracked(model, torch.cat([x_u1, x_u2])).float().softmax(dim=1)
         prob = prob.view(2, len(x_u1), -1).mean(dim=0)
         guess = (prob.log() / temperature).softmax(dim=1)  # p^(1/T), rescaled to sum 1
 
-    # MixUp: every image, labeled or not, with a random one of the step
+    # MixUp: every image, labeled or not, is mixed with a random one of the step
     x = torch.cat([x_l, x_u1, x_u2])
     target = torch.cat([F.one_hot(y_l, guess.shape[1]), guess, guess])
     if mix is None:
@@ -293,8 +293,8 @@ def batch_loss(model, x_l, y_l, x_u, lambda_u, args):
     x_l = to_float(weak_augment(x_l, args.flip))
     x_u1 = to_float(weak_augment(x_u, args.flip))
     x_u2 = to_float(weak_augment(x_u, args.flip))
-    # Without the cache: before PyTorch's pull request 165068 the training forward would get the
-    # bf16 weights that the guess has cast, which have no gradient
+    # The cache is off because, before PyTorch's pull request 165068, the training forward reused
+    # the bf16 weights that the guess had cast without gradient
     bf16 = args.precision == "bf16"
     with torch.autocast(x_l.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
         return mixmatch_loss(model, x_l, y_l, x_u1, x_u2, args.temperature, args.alpha, lambda_u)
@@ -313,7 +313,7 @@ def select_clean(model, x, eps):
     """
     model.eval()
     keep, pseudo = [], []
-    # as many pixels as 64 images of 32 x 32 have: larger images take no more memory
+    # the pixels of 64 images of 32 x 32, so that larger images need no more memory
     images_at_once = max(1, 64 * 32 * 32 // (x.shape[2] * x.shape[3]))
     for images in x.split(images_at_once):
         images = to_float(images)
@@ -325,9 +325,9 @@ def select_clean(model, x, eps):
 
 
 def select_confident(logits, count):
-    """SCAR's baseline (PAPER, III.A): keep, bool [N], for the `count` most confident images.
+    """The baseline of SCAR: keeps the `count` most confident images.
 
-    logits: float [N, C].
+    logits: float [N, C]. Returns keep, bool [N]. Source: PAPER, section III.A.
     """
     confidence = logits.double().softmax(dim=1).amax(dim=1)  # in float32 many round to 1
     keep = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
@@ -336,12 +336,12 @@ def select_confident(logits, count):
 
 
 def selection_stats(keep, pseudo, y):
-    """How well a selection tells right pseudo-labels from wrong ones, in Python numbers.
+    """How well a selection separates right pseudo-labels from wrong ones, in Python numbers.
 
     keep: bool [N]; pseudo, y: int64 [N], predicted and true labels. Images with y = -1 do not
-    count.
-    sensitivity: kept_correct / kept in percent, elsewhere called precision or PPV; specificity:
-    rejected_wrong / rejected in percent, elsewhere NPV; nan if the denominator is 0.
+    count. sensitivity is kept_correct / kept in percent, elsewhere called precision or PPV;
+    specificity is rejected_wrong / rejected in percent, elsewhere NPV; nan where nothing is kept or
+    rejected.
     Source: PAPER, equations 5 and 6.
     """
     correct = pseudo == y
@@ -393,7 +393,7 @@ def update_average(average, model, decay):
     """average = decay * average + (1 - decay) * model, in place; integer buffers are copied.
 
     decay: float or 0-dim tensor. Batch-norm statistics are averaged too. The foreach functions take
-    all tensors at once: on a GPU a few kernels in place of hundreds.
+    all tensors at once: a few kernels on a GPU instead of hundreds.
     """
     old, new = average.state_dict(), model.state_dict()
     floats = [name for name in old if old[name].is_floating_point()]
@@ -412,7 +412,7 @@ def update_average(average, model, decay):
 def predict(model, x):
     """Logits [N, C] for images [N, 3, H, W], uint8 or float; leaves the model in eval mode."""
     model.eval()
-    # twice as many as select_clean takes, as nothing is kept for a gradient
+    # twice as many as in select_clean, because nothing is kept for a gradient
     images_at_once = max(1, 128 * 32 * 32 // (x.shape[2] * x.shape[3]))
     with torch.no_grad():
         return torch.cat([model(to_float(images)) for images in x.split(images_at_once)])
@@ -424,7 +424,7 @@ def evaluate(model, x, y):
 
 
 def draw_batches(pool, count, size, generator):
-    """Draws `count` batches of `size` entries from pool, int64 [M], shuffled anew for each pass.
+    """Draws `count` batches of `size` entries from pool, int64 [M], reshuffled for each pass.
 
     Returns int64 [count, size].
     """
@@ -434,9 +434,9 @@ def draw_batches(pool, count, size, generator):
 
 
 def capture(function, warmup_calls=3):
-    """A function of tensors as one CUDA graph; each call overwrites what the last one returned.
+    """Turns a function of tensors into a CUDA graph; each call overwrites the last one's result.
 
-    The first calls run as they are: they compile, let cuDNN choose its algorithms and make the
+    The first calls run normally: they compile, let cuDNN choose its algorithms and create the
     optimizer's state, none of which a graph can record.
     """
     graph = torch.cuda.CUDAGraph()
@@ -462,7 +462,7 @@ def capture(function, warmup_calls=3):
 
 
 def average_over_processes(tensors):
-    """Replaces float tensors by their means over torchrun's processes, all in one exchange."""
+    """Averages float tensors, in place, over torchrun's processes; all of them in one exchange."""
     if WORLD_SIZE == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -473,16 +473,16 @@ def average_over_processes(tensors):
 
 
 def save(content, path):
-    """Writes text, a picture, or anything else by torch.save, beside path, then renames the file.
+    """Writes text, a picture or, with torch.save, anything else beside path, then renames it.
 
-    So a reader finds the old file or the new one, never half of it. The process's number in the
-    name keeps two runs in one folder apart. Only process 0 of torchrun writes.
+    A reader thus finds the old file or the new one, never half of it. The process's number in the
+    temporary name keeps two runs in one folder apart. Only process 0 of torchrun writes.
     """
     if RANK > 0:
         return
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     if isinstance(content, str):
-        # bytes of a file's name that are not UTF-8 are written as they were read
+        # bytes of file names that are not UTF-8 are written as they were read
         temporary.write_text(content, encoding="utf-8", errors="surrogateescape")
     elif isinstance(content, Image.Image):
         content.save(temporary)
@@ -493,19 +493,19 @@ def save(content, path):
 
 
 def load(path):
-    """What torch.save wrote, on the CPU; exits with a message if it cannot be read."""
+    """Loads what torch.save wrote onto the CPU; exits with a message if it cannot be read."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         sys.exit(f"error: cannot read {path}: {error.strerror}")
-    except Exception:  # torch.load has a dozen kinds for a damaged file
+    except Exception:  # for a damaged file torch.load has a dozen kinds
         sys.exit(
             f"error: cannot read {path}: it is damaged or holds no tensors; replace or delete it"
         )
 
 
 def load_json(path):
-    """What a .json file holds; exits with a message if it cannot be read."""
+    """Loads a .json file; exits with a message if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -513,7 +513,7 @@ def load_json(path):
 
 
 def check_same_settings(folder, settings, names):
-    """Exits with a message if the run in the folder, if any, differs in a setting in names."""
+    """Exits with a message if the folder holds a run that differs in one of the named settings."""
     if not (folder / "args.json").exists():
         return
     saved = load_json(folder / "args.json")
@@ -525,15 +525,15 @@ def check_same_settings(folder, settings, names):
     if differences:
         differences = "; ".join(differences)
         sys.exit(
-            f"error: {folder} is of other settings ({differences}); "
-            "give those, or choose another folder"
+            f"error: {folder} holds a run with other settings ({differences}); "
+            "use the same settings, or choose another folder"
         )
 
 
 def fingerprint(tensors, words=()):
-    """A hash, as 16 hex digits, of the shapes and values of tensors, and of words.
+    """A hash, as 16 hex digits, of the shapes and values of tensors and of words.
 
-    tensors: an iterable, on any device; words: strings, in lists however nested.
+    tensors: an iterable, on any device; words: strings in lists, nested to any depth.
     """
     digest = hashlib.sha256(json.dumps(words).encode())
     for tensor in tensors:
@@ -543,7 +543,7 @@ def fingerprint(tensors, words=()):
 
 
 def begin_folder(out, settings):
-    """Makes the run's folder with its settings and a copy of the script that begins the run."""
+    """Creates the run's folder, with its settings and a copy of this script, if it is new."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not (out / "args.json").exists():
@@ -559,19 +559,19 @@ def begin_folder(out, settings):
 
 
 def data_title(args):
-    """The data set's name in tables; cifar10-jpeg is a folder of that name."""
+    """The data set's name in tables. A folder named cifar10-jpeg has its own."""
     titles = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG)"}
     return titles.get(data_name(args), data_name(args))
 
 
 def command_line(argv):
-    """The command as a shell takes it; argv: main's, None for the options that Python was given."""
+    """The command, quoted for a shell. argv: main's; None stands for Python's own arguments."""
     options = sys.argv[1:] if argv is None else argv
     return shlex.join(["python", os.path.relpath(__file__), *options])
 
 
 def machine_info(args):
-    """What the run ran on, for result.json."""
+    """Device, number of processes and versions, for result.json."""
     name = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
     peak_memory = None
     if args.device == "cuda":
@@ -597,7 +597,7 @@ def weights_of(model):
 
 
 def csv_text(rows):
-    """A list of dictionaries with the same keys as the text of a CSV file, a line each."""
+    """Turns a list of dictionaries with the same keys into the text of a CSV file."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
@@ -606,7 +606,7 @@ def csv_text(rows):
 
 
 def without_nan(stats):
-    """Replaces nan by None, JSON's null: strict JSON has no nan."""
+    """Replaces nan with None, which becomes null: strict JSON has no nan."""
     return {name: None if math.isnan(value) else value for name, value in stats.items()}
 
 
@@ -620,11 +620,11 @@ def table2_rows(model, x, y, eps_values):
 
 
 def selection_picture(x, keep, pseudo, y, classes):
-    """For each class a row of 8 kept and 8 rejected images with that pseudo-label, drawn at random.
+    """Shows, for each class, 8 kept and 8 rejected images with that pseudo-label, drawn at random.
 
     x: uint8 [N, 3, H, W]; keep: bool [N]; pseudo, y: int64 [N], predicted and true labels. Returns
-    a Pillow image. A frame is green where the label is right, red where wrong, grey where y is -1.
-    Only the first 100 classes are drawn, and images at 96 x 96 pixels if they are larger.
+    a Pillow image. Frames are green where the label is right, red where it is wrong, grey where y
+    is -1. Only the first 100 classes are shown, and large images are reduced to 96 x 96 pixels.
     """
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
     classes = classes[:100]
@@ -654,7 +654,7 @@ def selection_picture(x, keep, pseudo, y, classes):
 
 
 def selection_rows(names, classes, kept, label, confidence, final_logits):
-    """The rows of selection.csv, one for each unlabeled image.
+    """Makes the rows of selection.csv, one for each unlabeled image.
 
     names: file names or indices; kept: bool [N]; label, confidence: int64 and float [N], theta~'s;
     final_logits: float [N, C], the final model's.
@@ -677,7 +677,7 @@ def selection_rows(names, classes, kept, label, confidence, final_logits):
 
 
 def print_absent_classes(kind, y, classes):
-    """Names the classes of which there is no image of this kind; y: their labels, int64 [N]."""
+    """Prints which classes have no image of this kind. y: int64 [N], the labels of those images."""
     present = set(y.tolist())
     absent = [name for label, name in enumerate(classes) if label not in present]
     if absent and -1 not in present:  # an image without a label may be of any class
@@ -685,32 +685,70 @@ def print_absent_classes(kind, y, classes):
         print(f"{len(absent)} of {len(classes)} classes have no {kind} image: {names}")
 
 
+def progress_lines(row, losses, seconds_left):
+    """A row of the table that a run prints while it trains, and the table's heading: two strings.
+
+    row: the epoch's row of metrics.csv; losses: the columns of it that the method names.
+    """
+    time_left = f"{seconds_left / 60:.1f} min"
+    if seconds_left >= 90 * 60:
+        time_left = f"{seconds_left / 3600:.1f} h"
+    cells = {"epoch": f"{row['phase']} {row['epoch']:3}"}
+    for name in losses:
+        cells[name.removeprefix("loss_")] = f"{row[name]:.4f}"
+    cells["accuracy"] = f"{row['accuracy']:.2f}"
+    cells["ms/step"] = f"{row['ms_per_step']:.0f}"
+    cells["left"] = time_left
+    smallest_width = {"epoch": 12, "left": 8}
+    heading, line = [], []
+    for name, cell in cells.items():
+        width = max(len(name), smallest_width.get(name, 6))
+        heading.append(name.rjust(width))
+        line.append(cell.rjust(width))
+    return "  ".join(heading), "  ".join(line)
+
+
 def print_tables(result, out):
     """Prints the rows of PAPER's tables that the run in the folder `out` has measured."""
-    print(f"\nTable 1: {result['scored_on']} accuracy (%) on {result['data']} (files in {out})")
-    print(f"{TITLE:40}{result['pretrain_accuracy']:6.2f}")
-    fine_tuned = f"{TITLE} fine-tuned, --select {result['select']}"
-    print(f"{fine_tuned:40}{result['final_accuracy']:6.2f}")
-    if result["select"] != "none":
-        theta, folder = shlex.quote(f"{out}/pretrain.pt"), shlex.quote(f"{out}-control")
-        control = f"--select none --pretrained {theta} --out {folder}"
-        print(f"To see what the selection did: {result['command']} {control}")
-    print("\nTable 2      sensitivity (%): right / kept    specificity (%): wrong / rejected")
+    eps = result["eps"]
+    added = {
+        "fgsm": f"SCAR (eps {eps:g})",
+        "none": "nothing (control)",
+        "confidence": f"the most confident (as many as eps {eps:g} keeps)",
+    }
+    fine_tuned = f"{TITLE} + {added[result['select']]}"
+    width = len(fine_tuned) + 4
+    print(f"\nTable 1: {result['scored_on']} accuracy (%) on {result['data']}")
+    print(f"{TITLE:{width}}{result['pretrain_accuracy']:6.2f}")
+    print(f"{fine_tuned:{width}}{result['final_accuracy']:6.2f}")
+
+    print(f"\nTable 2: the pretrained {TITLE} on the {result['scored_on']} images (%)")
+    print("           sensitivity: right among kept    specificity: wrong among rejected")
     for row in result["table2"]:
-        kept, kept_correct = row["kept"], row["kept_correct"]
-        rejected, rejected_wrong = row["rejected"], row["rejected_wrong"]
-        sensitivity = f"{percent(kept_correct, kept):.2f} ({kept_correct}/{kept})"
-        specificity = f"{percent(rejected_wrong, rejected):.2f} ({rejected_wrong}/{rejected})"
-        print(f"eps {row['eps']:<9g}{sensitivity:33}{specificity}")
+        sensitivity = rate(row["kept_correct"], row["kept"])
+        specificity = rate(row["rejected_wrong"], row["rejected"])
+        print(f"eps {row['eps']:<7g}{sensitivity:33}{specificity}")
+
+    print(f"\nOutput files: {out}")
+    # run_all.sh sets this where it runs the control itself
+    if result["select"] != "none" and "CONTROL_FOLLOWS" not in os.environ:
+        theta, folder = shlex.quote(f"{out}/pretrain.pt"), shlex.quote(f"{out}-control")
+        print("The control, which tells the effect of SCAR from that of longer training:")
+        print(f"{result['command']} --select none --pretrained {theta} --out {folder}")
+
+
+def rate(part, whole):
+    """A share in percent and the numbers behind it, as text."""
+    return f"{percent(part, whole):.2f} ({part}/{whole})" if whole > 0 else "none (0/0)"
 
 
 # ---------------------------------------------------------------- The run, the same in every script
 
 
 def main(argv=None):
-    """Runs what the command line says, or resumes it; returns what result.json holds."""
+    """Runs or resumes what the command line says; returns the content of result.json."""
     args = parse_args(argv)
-    # for result.json; found here, as the working directory may change
+    # for result.json; taken now, because the working directory may change
     command = command_line(argv)
     title = data_title(args)
     out = Path(args.out)
@@ -723,11 +761,13 @@ def main(argv=None):
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")  # process 0 prints for all
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     if args.device == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot record a CUDA graph
 
-    # All images, on the device, and the labels that training may see: -1 for those it may not
+    print(f"Reading the images of {title}", flush=True)
+
+    # All images, on the device, and the labels that training may see; -1 hides the others
     try:
         x, y, x_test, y_test = load_images(args.data, args.data_dir, args.image_size)
         classes, files, left_out = image_names(args.data, args.data_dir)
@@ -743,6 +783,8 @@ def main(argv=None):
                 args.num_labeled = int((y >= 0).sum())
         labeled, unlabeled = split_labeled(y, args.num_labeled, args.seed, classes)
         scored_on = "test"
+        if args.val == 0 and len(x_test) == 0:
+            raise ValueError(f"{args.data_dir} has no test/; --val N scores on training images")
         if args.val > 0:
             scored_on = "validation"
             option = f"after --num-labeled {args.num_labeled}, --val"
@@ -762,29 +804,27 @@ def main(argv=None):
         "pretrained_weights": None,  # with --pretrained: their hash, see below
     }
 
-    # The model, and its moving average: what is evaluated, and theta~ when pretraining has ended
+    # The model and its moving average, which is evaluated; after pretraining that is theta~
     torch.manual_seed(args.seed)
     model = WideResNet(len(classes), args.depth, args.width)
     model = model.to(args.device, memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False)
     if args.pretrained is not None:
-        # theta~ must be of the same network, images and split; all else may differ
+        # theta~ must come from the same network, images and split; all else may differ
         must_agree = "method depth width data classes image_size flip num_labeled val seed images"
         check_same_settings(Path(args.pretrained).parent, settings, must_agree.split())
         try:
             average.load_state_dict(load(Path(args.pretrained)))
         except (RuntimeError, TypeError):
-            sys.exit(f"error: {args.pretrained} holds no weights of this network")
+            sys.exit(f"error: {args.pretrained} does not hold weights of this network")
         if not (Path(args.pretrained).parent / "args.json").exists():
-            print(f"no args.json beside {args.pretrained} tells which images it was trained on")
+            print(f"There is no args.json beside {args.pretrained}; its images are not checked")
         settings["pretrained_weights"] = fingerprint(average.state_dict().values())
 
-    # The run's folder: it must be new, or hold this very run
+    # The run's folder must be new, or hold this same run
     may_differ = ["device", "out", "data_dir", "compile", "tensorboard", "pretrained"]
     check_same_settings(out, settings, [name for name in settings if name not in may_differ])
     if any(out.glob("[!.]*")) and not (out / "args.json").exists():
-        if args.val == 0 and len(x_test) == 0:
-            raise ValueError(f"{args.data_dir} has no test/; --val N scores on training images")
         sys.exit(f"error: {out} is not empty and holds no run; choose another --out")
     if (out / "result.json").exists():
         result = load_json(out / "result.json")
@@ -793,25 +833,26 @@ def main(argv=None):
     print(f"{len(classes)} classes; {len(labeled):,} labeled, {len(unlabeled):,} unlabeled", end="")
     print(f" and {len(x_test):,} {scored_on} images")
     if left_out:
-        print(f"files left out: {len(left_out)} ({', '.join(left_out[:5])})")
+        print(f"Files left out: {len(left_out)} ({', '.join(left_out[:5])})")
     print_absent_classes("unlabeled", y[unlabeled], classes)
     print_absent_classes(scored_on, y_test, classes)
+    print(f"WRN-{args.depth}-{args.width} on {args.device} in {args.precision}; files in {out}")
 
     # The training step
     optimizer = make_optimizer(model, args)
     loss_function = torch.compile(batch_loss) if args.compile else batch_loss
 
     def training_step(index_l, index_u, lr, lambda_u, decay):
-        """One update; nothing in it waits for the device, so that a CUDA graph can record it.
+        """One update. Nothing in it waits for the device, so that a CUDA graph can record it.
 
-        index_l, index_u: int64 [B], [mu * B], images of the step; the others: 0-dim float32.
+        index_l, index_u: int64 [B], [mu * B], the images of the step; the rest: 0-dim float32.
         """
         x_l, y_l = x[index_l], labels[index_l]
         loss, metrics = loss_function(model, x_l, y_l, x[index_u], lambda_u, args)
         loss.backward()
         average_over_processes([p.grad for p in model.parameters() if p.grad is not None])
         for group in optimizer.param_groups:
-            group["lr"] = lr  # a tensor: a recorded step reads its value of the moment
+            group["lr"] = lr  # a tensor, so that a recorded step reads its current value
         optimizer.step()
         optimizer.zero_grad()
         update_average(average, model, decay)
@@ -832,7 +873,7 @@ def main(argv=None):
             rows = checkpoint["rows"]
             report = checkpoint["report"]
             pseudo, confidence = checkpoint["pseudo"], checkpoint["confidence"]
-            print(f"resumes after {rows[-1]['phase']} epoch {rows[-1]['epoch']}")
+            print(f"Resuming after {rows[-1]['phase']} epoch {rows[-1]['epoch']}")
         except (KeyError, RuntimeError, TypeError, ValueError):
             sys.exit(
                 f"error: {out}/checkpoint.pt does not fit: it is from another version of this "
@@ -849,34 +890,34 @@ def main(argv=None):
         epochs_done = len([row for row in rows if row["phase"] == phase])
         if phase == "finetune" and epochs_done == 0:
             # ---- SCAR: PAPER, Algorithm 1. The paper selects in every epoch, but theta~ is fixed,
-            # so one selection between the phases gives the same images.
+            # so one selection before the first epoch gives the same images.
             # Lines 5 to 8: theta~ labels every unlabeled image, FGSM attacks it, and the image is
-            # kept if the label withstands the attack
+            # kept if its label withstands the attack
             keep, pseudo = select_clean(average, x[unlabeled], args.eps / 255)
             logits = predict(average, x[unlabeled])
-            if args.select == "confidence":  # the baseline: as many, but the most confident ones
+            if args.select == "confidence":  # the baseline: as many images, the most confident
                 keep = select_confident(logits, int(keep.sum()))
             elif args.select == "none":  # the control
                 keep = torch.zeros_like(keep)
             # Lines 9 and 10: kept images join the labeled set, and stay in the unlabeled one too
             labels[unlabeled] = torch.where(keep, pseudo, -1)
             if WORLD_SIZE > 1:
-                # batch-norm statistics differ between processes, so selections may: use process 0's
+                # processes may select differently, as their batch-norm statistics differ
                 dist.broadcast(labels, 0)
-            # Line 11: training goes on from theta~; training_step uses the new optimizer from here
+            # Line 11: training continues from theta~; training_step now uses the new optimizer
             model.load_state_dict(average.state_dict())
             optimizer = make_optimizer(model, args)
 
-            # ---- The report. The true labels of the unlabeled images are used for it alone
+            # ---- The report, the only use of the true labels of the unlabeled images
             save(weights_of(average), out / "pretrain.pt")
             picture = selection_picture(x[unlabeled], keep, pseudo, y[unlabeled], classes)
             save(picture, out / "selection.png")
             confidence = logits.softmax(dim=1).amax(dim=1)
-            del logits  # with a thousand classes larger than the images
+            del logits  # with a thousand classes they are larger than the images
             report = {
                 "theta": fingerprint(average.state_dict().values()),
                 "pretrain_accuracy": evaluate(average, x_test, y_test),
-                "selection": {  # images without a true label count in the first two and the last
+                "selection": {  # images without a true label only in unlabeled, added, per_class
                     "unlabeled": len(unlabeled),
                     "added": int(keep.sum()),
                     **without_nan(selection_stats(keep, pseudo, y[unlabeled])),
@@ -894,10 +935,10 @@ def main(argv=None):
         for epoch in range(epochs_done + 1, args.epochs + 1):
             started = time.perf_counter()
             model.train()
-            # All draws of an epoch follow from (seed, phase, epoch): resumed on the same device, a
-            # run repeats them. Batches come from a separate generator, seeded alike in every
-            # process. Unlabeled ones are drawn first, so they do not depend on the size of the
-            # labeled set: a run and its control see the same unlabeled images, augmented alike.
+            # All draws of an epoch follow from (seed, phase, epoch), so that a resumed run repeats
+            # them. Batches come from a generator of their own, seeded alike in every process.
+            # Unlabeled ones are drawn first, so that they do not depend on the number of labeled
+            # images: a run and its control see the same unlabeled images in the same views.
             epoch_seed = np.random.SeedSequence([args.seed, int(phase == "finetune"), epoch])
             augmentation_seed, batch_seed = epoch_seed.generate_state(2)
             torch.manual_seed(int(augmentation_seed) + RANK)
@@ -927,7 +968,7 @@ def main(argv=None):
             means = {name: float(total) / steps for name, total in totals.items()}
             ms_per_step = 1000 * (time.perf_counter() - steps_started) / steps
             if not math.isfinite(means["loss"]):
-                sys.exit(f"error: {phase} {epoch}: loss not finite; lower --lr, in a new --out")
+                sys.exit(f"error: {phase} {epoch}: loss not finite; try a lower --lr, a new --out")
 
             accuracy = evaluate(average, x_test, y_test)
             seconds = time.perf_counter() - started
@@ -953,10 +994,11 @@ def main(argv=None):
                 "confidence": confidence,
             }
             save(checkpoint, out / "checkpoint.pt")
-            losses = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-            minutes_left = seconds / 60 * (len(phases) * args.epochs - len(rows))
-            print(f"{phase} {epoch:3}  {losses}  accuracy {accuracy:5.2f}", end="  ")
-            print(f"{ms_per_step:.1f} ms a step  {minutes_left:.1f} min left", flush=True)
+            seconds_left = seconds * (len(phases) * args.epochs - len(rows))
+            heading, line = progress_lines(row, means, seconds_left)
+            if epoch == epochs_done + 1:
+                print(heading)
+            print(line, flush=True)
             if board is not None:
                 for name in row.keys() - {"phase", "epoch"}:
                     board.add_scalar(f"{phase}/{name}", row[name], epoch)

@@ -2,13 +2,13 @@
 # Table 1 and Table 2: for every method and seed a SCAR run and, from its pretraining, the controls.
 #
 #   bash run_all.sh                               the paper's runs, three seeds, one after the other
-#   GPUS="0 1 2 3" bash run_all.sh                the same, one method and seed at a time on each GPU
+#   GPUS="0 1 2 3" bash run_all.sh                the same on several GPUs, one training on each
 #   CONTROLS="none confidence eps0" bash run_all.sh          more rows for Table 1
 #   SEEDS=0 EPOCHS=50 OUT=runs/short bash run_all.sh --width 1     options go to every script
-#   METHODS= OUT=runs bash run_all.sh             the tables alone
+#   METHODS= bash run_all.sh                      only the tables of the runs that are there
 #
-# Stopped and given again, it goes on where it was. The tables are printed and kept in
-# OUT/tables.md. Exit code 0: done; 1: a run failed; 2: refused.
+# Rerun the command to resume. The tables are printed and written to OUT/tables.md.
+# Exit code 0: done; 1: a run failed; 2: refused.
 
 set -uf # -f: SEEDS='*' is no list of files
 SEEDS=${SEEDS-0 1 2}
@@ -48,7 +48,8 @@ for word in "$@"; do
     [ "$previous" != --eps ] || eps=$word
     previous=$word
 done
-mkdir -p "$OUT" || refuse "OUT=$OUT cannot be made; choose another"
+mkdir -p "$OUT" || refuse "OUT=$OUT cannot be created; choose another"
+[[ " $CONTROLS " != *" none "* ]] || export CONTROL_FOLLOWS=1 # then no script suggests a control
 
 run() { # method seed select eps [option ...]: one script
     local method=$1 seed=$2 select=$3 eps=$4
@@ -60,13 +61,13 @@ run() { # method seed select eps [option ...]: one script
     wait $!
 }
 
-folder() { # method seed select eps: the script's own default, in OUT
+folder() { # method seed select eps: the folder in OUT, named like the script's default
     local name=$DATA
     [ "$DATA" != folder ] || name=$(basename "$(realpath -m "$DATA_DIR")")
     echo "$OUT/$1__${name}__$3-eps$4__seed$2"
 }
 
-rows() { # method seed [option ...]: SCAR, then the controls from the same pretraining
+rows() { # method seed [option ...]: SCAR, then its controls from the same pretraining
     local method=$1 seed=$2 own code=0
     [ "$method" = vat ] && own=${eps:-6} || own=${eps:-1}
     shift 2
@@ -86,7 +87,7 @@ stop() {
     trap - INT TERM
     kill $(jobs -p) 2> /dev/null
     wait
-    echo "run_all.sh stopped; the same command goes on" >&2
+    echo "run_all.sh stopped; rerun the command to resume" >&2
     exit 1
 }
 trap stop INT TERM
@@ -96,7 +97,7 @@ jobs=()
 failed=0
 for seed in $SEEDS; do
     for method in $METHODS; do
-        if [ ${#gpus[@]} -gt 1 ]; then # each in the background, the n-th on the n-th GPU in turn
+        if [ ${#gpus[@]} -gt 1 ]; then # in the background, on each GPU in turn
             log=$OUT/${method}__seed$seed.log
             lane=$((${#jobs[@]} % ${#gpus[@]}))
             before= # the one that has this GPU now

@@ -1684,6 +1684,7 @@ RESULT = {
     "scored_on": "test",
     "data": "CIFAR-10",
     "select": "fgsm",
+    "eps": 6.0,
     "pretrain_accuracy": 85.25,
     "final_accuracy": 86.79,
     "command": "python vat_scar.py --seed 3",
@@ -1694,33 +1695,45 @@ RESULT = {
 }
 
 
-def test_printed_table_1(capsys):
+def test_printed_tables(capsys):
     vat_scar.print_tables(RESULT, "runs/mine")
-    assert capsys.readouterr().out.splitlines()[1:4] == [
-        "Table 1: test accuracy (%) on CIFAR-10 (files in runs/mine)",
-        "VAT                                      85.25",
-        "VAT fine-tuned, --select fgsm            86.79",
+    assert capsys.readouterr().out.splitlines()[:11] == [
+        "",
+        "Table 1: test accuracy (%) on CIFAR-10",
+        "VAT                    85.25",
+        "VAT + SCAR (eps 6)     86.79",
+        "",
+        "Table 2: the pretrained VAT on the test images (%)",
+        "           sensitivity: right among kept    specificity: wrong among rejected",
+        "eps 1      75.00 (6/8)                      25.00 (1/4)",
+        "eps 2.5    none (0/0)                       25.00 (3/12)",
+        "",
+        "Output files: runs/mine",
     ]
 
 
-def test_printed_table_2(capsys):
-    vat_scar.print_tables(RESULT, "runs/mine")
-    assert capsys.readouterr().out.splitlines()[-3:] == [
-        "Table 2      sensitivity (%): right / kept    specificity (%): wrong / rejected",
-        "eps 1        75.00 (6/8)                      25.00 (1/4)",
-        "eps 2.5      nan (0/0)                        25.00 (3/12)",
-    ]
+@pytest.mark.parametrize(
+    "select, name",
+    [("none", "nothing (control)"), ("confidence", "the most confident (as many as eps 6 keeps)")],
+)
+def test_printed_table_1_names_what_was_added(select, name, capsys):
+    vat_scar.print_tables({**RESULT, "select": select}, "runs/mine")
+    assert f"\nVAT + {name}     86.79\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("select", ["fgsm", "confidence"])
-def test_printed_command_for_the_control(select, capsys):
+def test_printed_command_for_the_control_has_a_line_of_its_own(select, capsys, monkeypatch):
+    monkeypatch.delenv("CONTROL_FOLLOWS", raising=False)
     vat_scar.print_tables({**RESULT, "select": select}, "my runs/a")
     command = "python vat_scar.py --seed 3 --select none --pretrained 'my runs/a/pretrain.pt'"
-    assert f": {command} --out 'my runs/a-control'\n" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(f"\n{command} --out 'my runs/a-control'\n")
 
 
-def test_a_control_prints_no_command_for_a_control(capsys):
+def test_no_control_is_suggested_where_it_runs_anyway(capsys, monkeypatch):
+    """After a control, and where run_all.sh runs it."""
     vat_scar.print_tables({**RESULT, "select": "none"}, "runs/mine")
+    monkeypatch.setenv("CONTROL_FOLLOWS", "1")
+    vat_scar.print_tables(RESULT, "runs/mine")
     assert "--pretrained" not in capsys.readouterr().out
 
 
@@ -1963,7 +1976,7 @@ def test_a_torch_without_cuda_refuses_it_in_a_sentence(monkeypatch, capsys):
 def test_a_batch_that_the_processes_do_not_divide_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(vat_scar, "WORLD_SIZE", 3)
     sentence = refusal(capsys, vat_scar, "--batch-size", 4)
-    assert sentence == "--batch-size 4 does not divide among 3 processes"
+    assert sentence == "--batch-size 4 is not divisible by 3 processes"
 
 
 # ------------------------------------------------------------------------------------ the whole run
@@ -2105,8 +2118,10 @@ def test_validation_images_are_chosen_from_the_unlabeled_ones(watched):
 
 def test_the_run_says_what_it_works_on(watched):
     assert watched.printed.startswith(
+        "Reading the images of synthetic\n"
         "10 classes; 100 labeled, 150 unlabeled and 50 validation images\n"
-        "files left out: 6 (a, b, c, d, e)\n"
+        "Files left out: 6 (a, b, c, d, e)\n"
+        f"WRN-10-1 on cpu in fp32; files in {watched.out}\n"
     )
 
 
@@ -2395,23 +2410,53 @@ def test_the_result_has_the_times_of_the_run(watched):
     assert watched.result["images_per_second"] == pytest.approx(1000 * images / median(MS_PER_STEP))
 
 
-def test_each_epoch_prints_a_line(watched):
+def printed_epochs(printed):
+    """The tables that a run prints while it trains: a list of the names and of the cells."""
+    lines = re.findall(r"^(?:pretrain|finetune|       epoch) .*$", printed, re.MULTILINE)
+    return [re.split(r" {2,}", re.sub(r"(?<=[a-z]) +(?=\d)", " ", line).strip()) for line in lines]
+
+
+def test_each_epoch_prints_a_line_below_the_names(watched):
+    lines = printed_epochs(watched.printed)
+    names = lines[0]
+    assert lines[3] == names and len(lines) == 6  # each phase has its heading
     rows = read_rows(watched.out / "metrics.csv")
-    lines = re.findall(r"^(?:pretrain|finetune)   \d .*$", watched.printed, re.MULTILINE)
-    for line, row, ms_per_step in zip(lines, rows, MS_PER_STEP, strict=True):
-        assert line.startswith(f"{row['phase']}   {row['epoch']}  loss {float(row['loss']):.4f}  ")
-        assert f"  loss_labeled {float(row['loss_labeled']):.4f}  " in line
-        assert f"  accuracy {float(row['accuracy']):5.2f}  {ms_per_step:.1f} ms a step" in line
+    for line, row in zip(lines[1:3] + lines[4:], rows, strict=True):
+        cells = dict(zip(names, line, strict=True))
+        assert cells["epoch"] == f"{row['phase']} {row['epoch']}"
+        assert cells["accuracy"] == f"{float(row['accuracy']):.2f}"
+        assert cells["ms/step"] == f"{float(row['ms_per_step']):.0f}"
+        for name in list(row)[list(row).index("loss") : list(row).index("accuracy")]:
+            assert cells[name.removeprefix("loss_")] == f"{float(row[name]):.4f}"
 
 
-def minutes_left(printed):
-    return [float(number) for number in re.findall(r"([\d.]+) min left$", printed, re.MULTILINE)]
+def time_left(printed):
+    return [line[-1] for line in printed_epochs(printed) if line[-1] != "left"]
 
 
 def test_each_epoch_prints_the_time_left_at_its_pace(watched):
     """Three more epochs after the first, and so on."""
-    expected = [SECONDS[i] / 60 * (3 - i) for i in range(4)]
-    assert minutes_left(watched.printed) == pytest.approx(expected, abs=0.051)
+    expected = [f"{SECONDS[i] / 60 * (3 - i):.1f} min" for i in range(4)]
+    assert time_left(watched.printed) == expected
+
+
+@pytest.mark.parametrize(
+    "seconds, left", [(3, "0.1 min"), (5399, "90.0 min"), (5400, "1.5 h"), (36000, "10.0 h")]
+)
+def test_the_time_left_is_in_minutes_then_in_hours(seconds, left):
+    row = {"phase": "pretrain", "epoch": 1, "loss": 1, "accuracy": 50, "ms_per_step": 4.1}
+    _, line = vat_scar.progress_lines(row, ["loss"], seconds)
+    assert line.endswith(f"  {left}")
+
+
+def test_an_epochs_numbers_stand_below_their_names():
+    row = {"phase": "finetune", "epoch": 12, "loss": 1.98768, "loss_unlabeled": 0.5}
+    row.update({"mask_rate": 0.25, "accuracy": 9.5, "ms_per_step": 103.6})
+    lines = vat_scar.progress_lines(row, ["loss", "loss_unlabeled", "mask_rate"], 60)
+    assert lines == (
+        "       epoch    loss  unlabeled  mask_rate  accuracy  ms/step      left",
+        "finetune  12  1.9877     0.5000     0.2500      9.50      104   1.0 min",
+    )
 
 
 def test_a_run_ends_with_its_tables(watched, capsys):
@@ -2612,7 +2657,7 @@ def test_pretrained_goes_straight_to_fine_tuning(script, from_theta):
 
 def test_pretrained_leaves_one_phases_time(from_theta):
     run = from_theta(vat_scar, "none")
-    assert minutes_left(run.printed) == pytest.approx([SECONDS[0] / 60, 0], abs=0.051)
+    assert time_left(run.printed) == [f"{SECONDS[0] / 60:.1f} min", "0.0 min"]
 
 
 @each_script
@@ -2867,7 +2912,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(
 
     monkeypatch.setattr(vat_scar, "batch_loss", batch_loss)
     sentence = refusal(capsys, vat_scar, *SMALL, "--out", tmp_path / "run")
-    assert sentence == "pretrain 1: loss not finite; lower --lr, in a new --out"
+    assert sentence == "pretrain 1: loss not finite; try a lower --lr, a new --out"
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
@@ -3287,7 +3332,7 @@ def test_a_resumed_run_trains_only_the_remaining_epochs(
     capsys.readouterr()
     run(vat_scar, tmp_path / "run")
     printed = capsys.readouterr().out
-    assert f"\nresumes after {where}\n" in printed
+    assert f"\nResuming after {where}\n" in printed
     epochs = re.findall(r"^(?:pretrain|finetune)   \d", printed, re.MULTILINE)
     assert len(epochs) == 4 - step // 3
 
@@ -3484,7 +3529,9 @@ def test_another_runs_theta_is_refused_by_the_settings_name(
     other = command_line({name: now})
     argv = [*SMALL, "--pretrained", out / "pretrain.pt", "--out", tmp_path / "run", *other]
     sentence = refusal(capsys, vat_scar, *argv)
-    assert sentence.startswith(f"{out} is of other settings ({name} was {was}, now {now})")
+    assert sentence.startswith(
+        f"{out} holds a run with other settings ({name} was {was}, now {now})"
+    )
     assert not any(tmp_path.iterdir())
 
 
@@ -3528,7 +3575,9 @@ def test_an_interrupted_run_does_not_go_on_with_other_images(
     before = {path: path.read_bytes() for path in unfinished.iterdir()}
     other_images(what)
     sentence = refusal(capsys, vat_scar, *SMALL, "--eps", 8, "--out", unfinished)
-    assert sentence.startswith(f"{unfinished} is of other settings (images was 300 + 100, hash ")
+    assert sentence.startswith(
+        f"{unfinished} holds a run with other settings (images was 300 + 100, hash "
+    )
     assert before == {path: path.read_bytes() for path in unfinished.iterdir()}
 
 
@@ -3546,7 +3595,9 @@ def test_theta_of_other_images_is_refused(what, other_images, uninterrupted, tmp
     other_images(what)
     theta = uninterrupted(vat_scar) / "pretrain.pt"
     sentence = refusal(capsys, vat_scar, *SMALL, "--pretrained", theta, "--out", tmp_path / "run")
-    assert sentence.startswith(f"{theta.parent} is of other settings (images was 300 + 100, hash ")
+    assert sentence.startswith(
+        f"{theta.parent} holds a run with other settings (images was 300 + 100, hash "
+    )
     assert not any(tmp_path.iterdir())
 
 
@@ -3594,7 +3645,9 @@ def test_a_run_does_not_go_on_from_another_theta(
     weights = torch.load(theta)
     weights["linear.bias"][3] += 1e-6
     torch.save(weights, theta)
-    with pytest.raises(SystemExit, match=r"control is of other settings \(pretrained_weights was"):
+    with pytest.raises(
+        SystemExit, match=r"control holds a run with other settings \(pretrained_weights was"
+    ):
         control(theta)
 
 
@@ -3616,9 +3669,9 @@ def test_a_theta_that_does_not_say_what_it_was_trained_on_is_told(
     uninterrupted, few_images, tmp_path, capsys
 ):
     theta = uninterrupted(vat_scar) / "pretrain.pt"
-    note = "no args.json beside {} tells which images it was trained on\n"
+    note = "There is no args.json beside {}; its images are not checked\n"
     run(vat_scar, tmp_path / "one", "--pretrained", theta)
-    assert "no args.json" not in capsys.readouterr().out
+    assert "args.json" not in capsys.readouterr().out
     shutil.copy(theta, tmp_path)
     run(vat_scar, tmp_path / "other", "--pretrained", tmp_path / "pretrain.pt")
     assert note.format(tmp_path / "pretrain.pt") in capsys.readouterr().out
@@ -3650,14 +3703,14 @@ def test_theta_without_its_run_must_fit_the_network(
     theta = tmp_path / "theta.pt"
     shutil.copy(uninterrupted(vat_scar) / "pretrain.pt", theta)
     argv = [*SMALL, "--pretrained", theta, "--out", tmp_path / "run", option]
-    assert refusal(capsys, vat_scar, *argv) == f"{theta} holds no weights of this network"
+    assert refusal(capsys, vat_scar, *argv) == f"{theta} does not hold weights of this network"
 
 
 def test_pretrained_refuses_a_checkpoint(uninterrupted, few_images, tmp_path, capsys):
     checkpoint = uninterrupted(vat_scar) / "checkpoint.pt"
     argv = [*SMALL, "--pretrained", checkpoint, "--out", tmp_path / "run"]
     sentence = refusal(capsys, vat_scar, *argv)
-    assert sentence == f"{checkpoint} holds no weights of this network"
+    assert sentence == f"{checkpoint} does not hold weights of this network"
 
 
 def test_theta_may_be_fine_tuned_in_other_ways(uninterrupted, few_images, tmp_path):
@@ -3796,7 +3849,7 @@ def test_all_labels_of_a_folder_with_unlabeled_images_are_used(folder_run):
 
 
 def test_files_that_are_left_out_are_named(folder_run):
-    assert "files left out: 1 (train/bee/notes.txt)\n" in folder_run.printed
+    assert "Files left out: 1 (train/bee/notes.txt)\n" in folder_run.printed
 
 
 def test_class_names_are_those_of_the_folders(folder_run):
@@ -3965,15 +4018,15 @@ def rename_all(folder, suffix):
 BAD_FOLDERS = {
     "other classes": (
         lambda root: (root / "test" / "bee").rename(root / "test" / "wasp"),
-        "photos/test (wasp): rename them, or take them out",
+        "photos/test (wasp): rename them, or remove them",
     ),
     "of other kinds": (
         lambda root: rename_all(root / "train" / "bee", ".heic"),
-        "train/bee has no image (passed over: 6 .heic): put some there, or take the folder out",
+        "train/bee has no image (it has 6 .heic): put some there, or remove the folder",
     ),
     "unlabeled is a file": (
         lambda root: (take_out(root, "unlabeled"), (root / "unlabeled").write_text("")),
-        "unlabeled (Not a directory): make it readable, or take it out",
+        "unlabeled (Not a directory): make it readable, or remove it",
     ),
     "one class": (
         lambda root: take_out(root, "train/bee", "test/bee"),
@@ -3982,11 +4035,11 @@ BAD_FOLDERS = {
     "empty test": (lambda root: take_out(root, "test/ant", "test/bee"), "test has no class folder"),
     "empty class": (
         lambda root: [path.unlink() for path in (root / "test" / "bee").iterdir()],
-        "test/bee has no image (passed over: nothing): put some there, or take the folder out",
+        "test/bee has no image (it has nothing): put some there, or remove the folder",
     ),
     "empty unlabeled": (
         lambda root: take_out(root, "unlabeled/deep er"),
-        "unlabeled has no image (passed over: nothing): put some there",
+        "unlabeled has no image (it has nothing): put some there",
     ),
 }
 
@@ -4033,6 +4086,20 @@ def test_a_link_to_itself_is_refused(photos):
     (photos / "train" / "loop").symlink_to(photos / "train" / "loop")
     with pytest.raises(ValueError, match="cannot read .*loop .Too many levels of symbolic links."):
         load_images("folder", photos)
+
+
+def test_a_folder_without_test_images_is_scored_on_training_images(photos, tmp_path, capsys):
+    take_out(photos, "test")
+    *_, x_test, y_test = load_images("folder", photos, 24)
+    assert (x_test.shape, x_test.dtype) == ((0, 3, 24, 24), torch.uint8)
+    assert (y_test.shape, y_test.dtype) == ((0,), torch.int64)
+    options = [*folder_options(photos), "--out", tmp_path / "run", "--num-labeled", 8]
+    assert refusal(capsys, vat_scar, *options) == (
+        f"{photos} has no test/; --val N scores on training images"
+    )
+    result = vat_scar.main([*map(str, options), "--val", "4"])
+    assert result["scored_on"] == "validation"
+    assert "2 classes; 8 labeled, 10 unlabeled and 4 validation images" in capsys.readouterr().out
 
 
 def test_test_images_of_some_classes_are_enough(photos, tmp_path, capsys):
@@ -4088,20 +4155,6 @@ def odd_name(text):
 @pytest.fixture
 def odd_names(photos):
     """Names of images, of classes, and of a file that is left out, in Latin-1."""
-def test_a_folder_without_test_images_is_scored_on_training_images(photos, tmp_path, capsys):
-    take_out(photos, "test")
-    *_, x_test, y_test = load_images("folder", photos, 24)
-    assert (x_test.shape, x_test.dtype) == ((0, 3, 24, 24), torch.uint8)
-    assert (y_test.shape, y_test.dtype) == ((0,), torch.int64)
-    options = [*folder_options(photos), "--out", tmp_path / "run", "--num-labeled", 8]
-    assert refusal(capsys, vat_scar, *options) == (
-        f"{photos} has no test/; --val N scores on training images"
-    )
-    result = vat_scar.main([*map(str, options), "--val", "4"])
-    assert result["scored_on"] == "validation"
-    assert "2 classes; 8 labeled, 10 unlabeled and 4 validation images" in capsys.readouterr().out
-
-
     for part in ("train", "test"):
         (photos / part / "bee").rename(photos / part / odd_name("Bär"))
     (photos / "unlabeled" / "deep er" / "0 0.png").rename(photos / "unlabeled" / odd_name("é.png"))
@@ -4117,7 +4170,7 @@ def test_names_need_not_be_utf_8(odd_names, tmp_path):
     for _ in range(2):  # the second prints what the first one found
         done = subprocess.run(command, env=environment, capture_output=True, timeout=600)
         assert done.returncode == 0, done.stderr
-        assert b"Table 1: test accuracy (%) on Gr\\udcfc\\udcdfe (files in " in done.stdout
+        assert b"Table 1: test accuracy (%) on Gr\\udcfc\\udcdfe\n" in done.stdout
     rows = (out / "selection.csv").read_bytes().splitlines()
     assert len(rows) == 11 and rows[1].startswith(b"unlabeled/deep er/0 1.png,")
     assert rows[-1].startswith(b"unlabeled/\xe9.png,")
@@ -4132,7 +4185,7 @@ def test_files_that_are_left_out_are_named_whatever_their_names(odd_names, tmp_p
     command += ["--epochs", "1", "--out", tmp_path / "run"]
     environment = {**os.environ, "PYTHONUTF8": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, timeout=600)
-    assert b"files left out: 1 (train/ant/\\udcfc.txt)\n" in done.stdout
+    assert b"Files left out: 1 (train/ant/\\udcfc.txt)\n" in done.stdout
 
 
 def test_reading_shows_how_far_it_is_on_a_terminal(photos, monkeypatch):
@@ -4276,7 +4329,7 @@ def test_class_names_come_from_torchvision_or_are_digits(monkeypatch):
             OSError("no network"),
             "cifar10 is not in .* could not be downloaded .no network.: put cifar",
         ),
-        (RuntimeError("File not found"), "cifar10 is not in .* --data synthetic without a file"),
+        (RuntimeError("File not found"), "cifar10 is not in .* --data synthetic, which needs none"),
         (ImportError("no scipy"), "--data cifar10: no scipy; install it"),
     ],
 )
@@ -4545,8 +4598,8 @@ def test_results_of_earlier_versions_are_paired_by_their_folders(tmp_path, made)
 
 
 def test_scar_without_a_control_is_named(three_seeds, made):
-    note = f"- {SCAR}: no control, which tells what more epochs alone gain, starts from the same "
-    assert f"{note}theta~, so left out of the gain over control: scar2\n" in made().text
+    note = f"- {SCAR}: left out of the gain over control, because no control starts from the same "
+    assert f"{note}theta~: scar2\n" in made().text
     write_run(three_seeds, "control2", 90, 92, theta="scar2", select="none", seed=2)
     assert "no control" not in made().text
 
@@ -4555,7 +4608,7 @@ def test_another_selection_without_a_control_is_named_too(tmp_path, made):
     write_run(tmp_path, "scar", 80, 84)
     write_run(tmp_path, "surest", 80, 84, theta="scar", select="confidence")
     row = "FixMatch + the most confident (as many as eps 1 keeps)"
-    assert f"- {row}: no control, " in made().text
+    assert f"- {row}: left out of the gain over control, " in made().text
 
 
 def test_labels_added_come_from_the_selection(three_seeds, made):
@@ -4847,7 +4900,7 @@ def test_only_the_first_run_of_a_seed_counts(a_seed_twice, made):
 
 
 def test_a_seed_that_was_run_twice_is_noted(a_seed_twice, made):
-    assert f"- {SCAR}: 3 runs, of which the first of each seed counts\n" in made().text
+    assert f"- {SCAR}: 3 runs; only the first of each seed counts\n" in made().text
 
 
 def test_a_control_of_another_pretraining_of_the_seed_does_not_count(tmp_path, made):
@@ -4944,10 +4997,9 @@ def test_a_runs_own_result_makes_the_tables(watched, tables, capsys):
     assert f"| {name} + SCAR (eps {watched.eps}) | {accuracy} (n = 1) |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("folder", ["cpu", "h100", "supervised"])
-def test_results_have_the_tables_of_their_files(folder, tables, tmp_path, capsys):
-    shutil.copytree(HERE / "results" / folder, tmp_path / folder)
-    assert tables.main([str(tmp_path / folder)]) == 0
+def test_results_have_the_tables_of_their_files(tables, tmp_path, capsys):
+    shutil.copytree(HERE / "results" / "h100", tmp_path / "h100")
+    assert tables.main([str(tmp_path / "h100")]) == 0
     assert capsys.readouterr().out.strip() in (HERE / "results" / "README.md").read_text(
         encoding="utf-8"
     )
@@ -4961,6 +5013,33 @@ def options_of(script, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(["--help"])
     return set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out))
+
+
+@each_script
+def test_help_shows_the_default_of_each_option(script, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "None" not in text
+    defaults = {**DEFAULTS, **OWN_DEFAULTS[script.METHOD], "device": "auto", "precision": "auto"}
+    for name in ["pretrained", "tensorboard"] + ["mu"] * (script is not fixmatch_scar):
+        del defaults[name]
+    for name, default in defaults.items():
+        prefix = "--no-" if name in ("flip", "compile") else "--"
+        entry = text.partition(f" {prefix}{name.replace('_', '-')} ")[2]
+        shown = re.search(r"\(default: ([^)]+)\)", entry)[1]
+        if type(default) in (int, float):
+            assert float(shown) == default, name
+        elif name in ("data", "data_dir", "select", "device", "precision"):
+            assert shown == default, name
+
+
+@each_script
+def test_a_scripts_header_for_uv_has_the_requirements(script):
+    text = Path(script.__file__).read_text(encoding="utf-8")
+    header = re.match(r"# /// script\n(?:# .*\n)*?# dependencies = (.*)\n# ///\n", text)
+    lines = (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert json.loads(header[1]) == [line for line in lines if not line.startswith("#")]
 
 
 def test_readme_names_options_that_exist(capsys):
@@ -4996,7 +5075,9 @@ def test_a_scripts_own_commands_are_taken(script):
     assert control.pretrained == f"{scar.out}/pretrain.pt"
 
 
-RUN_ALLS_VARIABLES = "SEEDS EPOCHS DATA DATA_DIR OUT GPUS METHODS CONTROLS PYTHON".split()
+RUN_ALLS_VARIABLES = (
+    "SEEDS EPOCHS DATA DATA_DIR OUT GPUS METHODS CONTROLS PYTHON CONTROL_FOLLOWS"
+).split()
 
 
 def environment_for_run_all(**variables):
@@ -5028,33 +5109,6 @@ def test_run_all_refuses_variables(variable, value, tmp_path):
 
 @pytest.mark.parametrize(
     "option",
-@each_script
-def test_help_shows_the_default_of_each_option(script, capsys):
-    with pytest.raises(SystemExit):
-        script.parse_args(["--help"])
-    text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "None" not in text
-    defaults = {**DEFAULTS, **OWN_DEFAULTS[script.METHOD], "device": "auto", "precision": "auto"}
-    for name in ["pretrained", "tensorboard"] + ["mu"] * (script is not fixmatch_scar):
-        del defaults[name]
-    for name, default in defaults.items():
-        prefix = "--no-" if name in ("flip", "compile") else "--"
-        entry = text.partition(f" {prefix}{name.replace('_', '-')} ")[2]
-        shown = re.search(r"\(default: ([^)]+)\)", entry)[1]
-        if type(default) in (int, float):
-            assert float(shown) == default, name
-        elif name in ("data", "data_dir", "select", "device", "precision"):
-            assert shown == default, name
-
-
-@each_script
-def test_a_scripts_header_for_uv_has_the_requirements(script):
-    text = Path(script.__file__).read_text(encoding="utf-8")
-    header = re.match(r"# /// script\n(?:# .*\n)*?# dependencies = (.*)\n# ///\n", text)
-    lines = (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    assert json.loads(header[1]) == [line for line in lines if not line.startswith("#")]
-
-
     ["--seed=3", "--epochs", "--data", "--data-dir=x", "--out", "--select", "--pretrained"],
 )
 def test_run_all_refuses_options_that_it_sets_itself(option, tmp_path):
@@ -5169,6 +5223,13 @@ def test_run_alls_controls_start_from_scars_pretraining(tmp_path):
         assert c.pretrained == f"{commands[0].out}/pretrain.pt"
 
 
+@pytest.mark.parametrize("controls, told", [("eps0 none", "1"), ("eps0", "")])
+def test_run_all_tells_the_scripts_where_the_control_runs_anyway(controls, told, tmp_path):
+    body = f'echo "$CONTROL_FOLLOWS" >> "{tmp_path}/told"'
+    commands_of(tmp_path, body=body, SEEDS="0", METHODS="vat", CONTROLS=controls)
+    assert set((tmp_path / "told").read_text().splitlines()) == {told}
+
+
 def test_run_all_goes_on_after_a_failure(tmp_path):
     """Without the control of what failed."""
     body = "case $1 in *vat*) exit 1 ;; esac"
@@ -5236,6 +5297,6 @@ def test_run_all_stopped_ends_its_runs(tmp_path):
         time.sleep(0.05)
     child.terminate()
     _, stderr = child.communicate(timeout=600)
-    assert "goes on" in stderr and child.returncode == 1
+    assert "rerun the command to resume" in stderr and child.returncode == 1
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)

@@ -2,14 +2,15 @@
 
     python results/tables.py runs
 
-A mean is over seeds at equal settings: runs on other images, of another network or length have
-tables of their own, those of any other setting rows that name it. Gains are paired: both sides come
-from the same theta~ (the model after pretraining), known by a hash of its weights. A run whose
-theta~ was pretrained by none of the runs is left out, with a note.
+Means are over seeds at equal settings. Runs on other images, or with another network or length,
+have tables of their own; runs with any other setting have rows that name it. Gains are paired: both
+sides start from the same theta~ (the model after pretraining), identified by a hash of its weights.
+A run whose theta~ comes from none of the runs is left out, with a note.
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -44,7 +45,7 @@ UNUSED = [("reselect", 0), ("true_share", None), ("mu", 1)]
 
 
 def read_run(path):
-    """What the tables need of a result.json; an error where that is not in it."""
+    """Reads what the tables need from a result.json; raises an error if it is not there."""
     result = json.loads(path.read_text(encoding="utf-8"))
     args = {"image_size": 32, **result["args"], "ranks": result["ranks"]}
     for name in TITLE:
@@ -58,7 +59,7 @@ def read_run(path):
         kept = row["kept_correct"], row["kept"]
         rejected = row["rejected_wrong"], row["rejected"]
         table2[row["eps"]] = kept, rejected
-    # results of earlier versions name theta~ by the folder that pretrained it alone
+    # results of earlier versions identify theta~ only by the folder that pretrained it
     folder_of_theta = Path(args["pretrained"] or path).parent.name
     return {
         "method": result["method"],
@@ -81,7 +82,7 @@ def read_run(path):
 
 
 def add_title_and_choice(run, pretraining):
-    """Adds what the run's table and rows are found by, from its settings and the pretraining's.
+    """Adds the keys by which a run finds its table and its rows.
 
     title: the data and, for each name in TITLE, its values (pretraining's, the run's own); choice:
     all other settings that change a result, as strings.
@@ -99,12 +100,12 @@ def add_title_and_choice(run, pretraining):
 
 
 def then(before, now):
-    """A setting of the pretraining and of the fine-tuning: once, if it is the same."""
+    """A setting in pretraining and in fine-tuning, as text."""
     return str(now) if before == now else f"{before} then {now}"
 
 
 def spread(values, sign=""):
-    """Mean ± standard deviation and number, or a dash."""
+    """Mean ± standard deviation and number of values, or a dash."""
     if not values:
         return "-"
     deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
@@ -112,7 +113,7 @@ def spread(values, sign=""):
 
 
 def rate(pairs):
-    """Percent from the (part, whole) of each seed, with the mean numbers behind it."""
+    """Percentage over the (part, whole) of each seed, with the mean numbers behind it."""
     percents = [100 * part / whole for part, whole in pairs if whole > 0]
     if len(pairs) > 1:
         part = mean(part for part, _ in pairs)
@@ -123,7 +124,7 @@ def rate(pairs):
 
 
 def labels_added(runs):
-    """How many of the added labels are right, and of how many nobody knows."""
+    """How many of the added labels are right, and how many cannot be checked."""
     known = rate([run["added"] for run in runs])
     unknown = mean(run["unknown"] for run in runs)
     if unknown == 0:
@@ -134,7 +135,7 @@ def labels_added(runs):
 
 
 def first_of_each_seed(runs):
-    """The runs without those whose seed an earlier one has."""
+    """The runs, without those whose seed an earlier one has."""
     by_seed = {}
     for run in runs:
         by_seed.setdefault(run["seed"], run)
@@ -175,11 +176,11 @@ def method_rows(runs, pretrained, label):
         alone = [run["folder"] for run in those if run["theta"] not in control]
         if kind != "none" and alone:
             notes.append(
-                f"- {what}: no control, which tells what more epochs alone gain, starts from the "
-                f"same theta~, so left out of the gain over control: {', '.join(alone)}"
+                f"- {what}: left out of the gain over control, because no control starts from the "
+                f"same theta~: {', '.join(alone)}"
             )
         if len(those) < len(same):
-            notes.append(f"- {what}: {len(same)} runs, of which the first of each seed counts")
+            notes.append(f"- {what}: {len(same)} runs; only the first of each seed counts")
     for eps in sorted({eps for run in pretrained for eps in run["table2"]}):
         measured = [run["table2"][eps] for run in pretrained if eps in run["table2"]]
         sensitivity = rate([kept for kept, _ in measured])
@@ -190,7 +191,7 @@ def method_rows(runs, pretrained, label):
 
 
 def markdown(rows, paper_columns, with_paper):
-    """The lines of a table, the first row its head; the paper's columns only if asked for."""
+    """The lines of a table; its first row is the heading."""
     lines = []
     for row in rows:
         cells = [cell for i, cell in enumerate(row) if with_paper or i not in paper_columns]
@@ -201,7 +202,7 @@ def markdown(rows, paper_columns, with_paper):
 
 
 def tables(runs):
-    """Both tables of runs of one title, notes and settings below them: Markdown."""
+    """Both tables of the runs with one title, with notes and settings, as Markdown."""
     (data, images), *pairs = runs[0]["title"]
     pairs = dict(zip(TITLE, pairs))
     value = {name: then(before, now) for name, (before, now) in pairs.items()}
@@ -257,7 +258,7 @@ def tables(runs):
 
 
 def main(argv=None):
-    """Prints and writes the tables; the exit code is 1 where a file is damaged or none there."""
+    """Prints and writes the tables; the exit code is 1 if a file is damaged or there is none."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, help="the folder that holds the run folders")
     out = parser.parse_args(argv).runs
@@ -266,7 +267,7 @@ def main(argv=None):
         try:
             runs.append(read_run(path))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            errors.append(f"{path} is damaged or another kind of file ({type(error).__name__})")
+            errors.append(f"{path} is damaged or not a run's result ({type(error).__name__})")
     pretrainings = {}
     for run in runs:
         if run["pretrains"]:
@@ -290,7 +291,10 @@ def main(argv=None):
     text = "\n".join(parts).encode("utf-8", "backslashreplace").decode("utf-8")
     print(text, end="")
     if kept:
-        (out / "tables.md").write_text(text, encoding="utf-8")
+        # renamed when whole, because several run_all.sh may share a folder
+        temporary = out / f".{os.getpid()}-tables.md"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, out / "tables.md")
     else:
         errors.append(f"there is no finished run in {out}")
     for sentence in errors:
