@@ -5005,6 +5005,17 @@ def test_results_have_the_tables_of_their_files(tables, tmp_path, capsys):
     )
 
 
+def test_results_have_the_numbers_of_confidence():
+    text = (HERE / "results" / "README.md").read_text(encoding="utf-8")
+    rows = read_rows(HERE / "results" / "h100" / "confidence.csv")
+    for method, title in {"vat": "VAT", "mixmatch": "MixMatch", "fixmatch": "FixMatch"}.items():
+        own = [row for row in rows if row["method"] == method]
+        numbers = [f"{int(row['kept']):,}" for row in own]
+        right = [f"{100 * int(row['kept_correct']) / int(row['kept']):.2f}" for row in own]
+        assert f"| {title}: number kept | {' | '.join(numbers)} |" in text
+        assert f"| {title}: confidence | {' | '.join(right)} |" in text
+
+
 # --------------------------------------------------------------------------- the README, run_all.sh
 
 
@@ -5043,7 +5054,9 @@ def test_a_scripts_header_for_uv_has_the_requirements(script):
 
 
 def test_readme_names_options_that_exist(capsys):
-    known = {"--nproc-per-node"}.union(*[options_of(script, capsys) for script in SCRIPTS])
+    known = {"--nproc-per-node", "--array", "--gpus", "--wrap"}.union(
+        *[options_of(script, capsys) for script in SCRIPTS]
+    )
     assert (
         set(re.findall(r"--[a-z][a-z0-9-]+", (HERE / "README.md").read_text(encoding="utf-8")))
         <= known
@@ -5052,15 +5065,56 @@ def test_readme_names_options_that_exist(capsys):
 
 def test_readmes_commands_are_taken():
     scripts = {f"{script.METHOD}_scar.py": script for script in SCRIPTS}
-    commands = re.findall(
-        r"^python (\w+_scar\.py .*)$",
-        (HERE / "README.md").read_text(encoding="utf-8"),
-        re.MULTILINE,
-    )
+    text = (HERE / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^python (\w+_scar\.py .*)$", text, re.MULTILINE)
     assert len(commands) >= 5
     for command in commands:
         script, *argv = shlex.split(command)
         scripts[script].parse_args(argv)
+
+
+def readmes_code(word):
+    """The one block of Python in the README that has the word in it."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if word in block
+    ]
+    return code
+
+
+def test_readmes_code_to_copy_runs():
+    names = {}
+    exec(readmes_code("x_adv"), names)
+    same(names["inverted"], 255 - names["x_u"])  # what the README says it does
+    assert names["stats"]["kept"] == names["most_confident"].sum() == names["keep"].sum()
+
+
+def test_readmes_code_to_copy_uses_each_function_of_its_table():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| function | needs | from |")[2].partition("```")[0]
+    names = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
+    assert len(names) >= 12
+    assert [name for name in names if f"{name}(" not in readmes_code("x_adv")] == []
+
+
+def test_readmes_drawn_images_are_a_folder_to_train_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(readmes_code("mine/train"), {})
+    x, y, x_test, _ = load_images("folder", "mine")
+    assert len(x_test) == 200 and (y >= 0).sum() == 200 and len(x) == 1300
+
+
+def test_readmes_code_for_a_model_classifies(images, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "runs" / "fixmatch__cifar10__fgsm-eps1__seed0"
+    folder.mkdir(parents=True)
+    model = WideResNet(10).eval()
+    torch.save(model.state_dict(), folder / "model.pt")
+    (folder / "args.json").write_text(json.dumps({"classes": SHAPES}))
+    monkeypatch.chdir(tmp_path)
+    some = to_float(images[0][:4])
+    exec(readmes_code("model.pt"), {"images": some})
+    expected = [SHAPES[label] for label in model(some).argmax(dim=1)]
+    assert capsys.readouterr().out == f"{expected}\n"
 
 
 @each_script
