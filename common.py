@@ -1,4 +1,4 @@
-"""All that the scripts share: the network, the images with their split, and FGSM."""
+"""What the scripts import: the network, loading and splitting images, and FGSM."""
 
 import os
 import sys
@@ -43,9 +43,9 @@ class WideResNet(nn.Module):
 
     forward: float [N, 3, H, W] in [0, 1] -> logits [N, num_classes]; 1,467,610 parameters at 28-2.
     Raises ValueError for a depth that is not 6n + 4 with n >= 1, or a width below 1.
-    Source: google-research/fixmatch, libml/models.py, including its batch-norm eps of 1e-3. Three
-    things differ: convolutions have no bias, batch norm's momentum is PyTorch's 0.1, and at stride
-    2 all sides are padded (TensorFlow pads only the right and the bottom).
+    Source: google-research/fixmatch, libml/models.py, including its batch-norm eps of 1e-3. Four
+    things differ: inputs are not in [-1, 1], convolutions have no bias, batch norm's momentum is
+    PyTorch's 0.1, and stride 2 pads all sides (TensorFlow's only the right and the bottom).
     """
 
     def __init__(self, num_classes=10, depth=28, width=2):
@@ -216,7 +216,7 @@ def _list_folder(root):
             left_out += [path.relative_to(root).as_posix() for path in others]
     except OSError as error:
         raise ValueError(
-            f"cannot read {error.filename} ({error.strerror}): make it readable, or remove it"
+            f"cannot read {error.filename} ({error.strerror}): it must be a readable folder"
         ) from None
     return classes, list(images["train"].values()), list(images["test"].values()), left_out
 
@@ -226,7 +226,7 @@ def _list_classes(root):
     names = {"train": [], "test": []}
     left_out = []
     for part in names:
-        if part == "test" and not os.path.lexists(root / part):
+        if not os.path.lexists(root / part):
             continue
         for entry in _visible(root / part):
             if entry.is_dir() and entry.name not in SYSTEM_FOLDERS:
@@ -235,9 +235,9 @@ def _list_classes(root):
                 left_out.append(f"{part}/{entry.name}")
     classes = names["train"]
     if len(classes) < 2:
-        raise ValueError(f"{root / 'train'} has {len(classes)} class folders; it needs two or more")
+        raise ValueError(f"{root / 'train'} needs two or more class folders; it has {len(classes)}")
     if os.path.lexists(root / "test") and not names["test"]:
-        raise ValueError(f"{root / 'test'} has no class folder; it needs those of train")
+        raise ValueError(f"{root / 'test'} has no class folder: add some of train's, or remove it")
     unknown = sorted(set(names["test"]) - set(classes))
     if unknown:
         raise ValueError(
@@ -290,7 +290,7 @@ def _read_files(root, files, size):
 
 
 def _read_image(path, size):
-    """uint8 [3, size, size] in RGB; ValueError where Pillow cannot read the file as that."""
+    """uint8 [3, size, size] in RGB; ValueError where the file cannot be read so."""
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):  # Pillow would clip their values at 255
@@ -300,7 +300,7 @@ def _read_image(path, size):
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             image = image.convert("RGB")
-    except Exception as error:  # for a damaged file Pillow has a dozen kinds
+    except Exception as error:  # a damaged file raises any of a dozen types
         raise ValueError(f"cannot read {path} ({error})") from None
     if image.size != (size, size):
         image = image.resize((size, size))
@@ -316,7 +316,7 @@ def _draw_shapes(count):
 
     label = rng.permuted(np.tile(np.arange(10), (count // 10, 1)), axis=1).reshape(-1)
 
-    # u, v: the pixels in the shape's own frame, which it fills from about -1 to 1
+    # u, v: each pixel's coordinates in the shape's frame; the shape spans about -1 to 1
     row, column = np.mgrid[:32, :32].astype(np.float32)
     x, y = column - draw(12.5, 18.5, 1, 1), row - draw(12.5, 18.5, 1, 1)
     angle, size = draw(-0.35, 0.35, 1, 1), draw(8, 13, 1, 1)
@@ -357,8 +357,8 @@ def split_labeled(y, num_labeled, seed, classes=None, option="--num-labeled"):
     disjoint, together 0 .. N - 1. Each class gets num_labeled // C labels; if that leaves a
     remainder, randomly chosen classes get one more. Where some images have no label, num_labeled
     may be the number of all labels; then all are taken, however uneven, if each class has one.
-    Raises ValueError if there are too few images, with the name of the class (from `classes`;
-    without them C is the largest label + 1) and of what asked for the images (`option`).
+    Raises ValueError where that is impossible, naming the class (by `classes`; without them C is
+    the largest label + 1) and the option that asked for the images (`option`).
     """
     y = y.cpu()
     counts = torch.bincount(y[y >= 0], minlength=len(classes or []))
@@ -395,8 +395,8 @@ def fgsm(model, x, y, eps):
 
     x: float32 [N, 3, H, W] in [0, 1]; y: int64 [N]; eps: on the scale of x. Returns x_adv like x.
     The model (not a compiled one) runs in eval mode without autocast and is left as it was: the
-    mode of every submodule, batch-norm statistics, gradients of the parameters. The caller switches
-    TF32 off (torch.backends.cudnn.allow_tf32), which could flip the signs of small gradients.
+    mode of every submodule, batch-norm statistics, gradients of the parameters. The caller must
+    turn TF32 off (torch.backends.cudnn.allow_tf32): it could flip the signs of small gradients.
     Source: PAPER, equation 3 with one step of alpha = eps from x (Algorithm 1, line 6).
     """
     modes = {module: module.training for module in model.modules()}
@@ -404,8 +404,8 @@ def fgsm(model, x, y, eps):
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         x = x.detach().requires_grad_()
         logits = model(x)
-        # Cross-entropy's gradient is 1 - p(y) times that of this margin: the same sign, but it does
-        # not vanish where p(y) rounds to 1. Summed, so that images do not share a scale.
+        # Cross-entropy's gradient is 1 - p(y) times that of this margin: the signs agree, but the
+        # margin's does not vanish where p(y) rounds to 1. A sum, so no image scales another's.
         others = logits.scatter(1, y[:, None], -torch.inf).logsumexp(dim=1)
         margin = others - logits.gather(1, y[:, None])[:, 0]
         (gradient,) = torch.autograd.grad(margin.sum(), x)

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.5.1", "torchvision>=0.20.1", "numpy"]
 # ///
-r"""FixMatch with SCAR (Selecting Clean samples with Adversarial Robustness), in one file.
+r"""FixMatch with SCAR (Selecting Clean samples with Adversarial Robustness).
 
 Pretrains a WideResNet with FixMatch on 4,000 labels, then fine-tunes it with SCAR: the pretrained
 model, theta~ (the moving average of the weights), labels every unlabeled image, and FGSM attacks
@@ -57,56 +57,62 @@ RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
 
 
 def parse_args(argv=None):
-    """The command line; exits with code 2 and a message if it makes no sense."""
+    """Parses the command line; exits with code 2 and a message if it makes no sense."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--option value ...]   (--help lists the options)",
         description=f"Pretrains a WideResNet with {TITLE}, then fine-tunes it with SCAR.",
+        epilog="The same command resumes an interrupted run.",
         formatter_class=argparse.MetavarTypeHelpFormatter,
         allow_abbrev=False,
     )
     on_off = argparse.BooleanOptionalAction
 
     def option(name, default, sentence, **more):
-        """Adds an option, of its default's type, to the current group; its help ends with it."""
+        """Adds an option to the current group; its default sets its type and ends its help."""
         sentence += f" (default: {default})"
         group.add_argument(name, default=default, type=type(default), help=sentence, **more)
 
     group = parser.add_argument_group("Data")
     data_sets = ["cifar10", "cifar100", "svhn", "stl10", "folder", "synthetic"]
-    option("--data", "cifar10", "folder: your own images; synthetic: drawn ones", choices=data_sets)
-    option("--data-dir", "data", "Folder that holds the images, or where to download them")
-    option("--image-size", 32, "Side of the images in pixels; those of other sizes are resized")
+    option(
+        "--data",
+        "cifar10",
+        "folder: your own images; synthetic: ten drawn shapes",
+        choices=data_sets,
+    )
+    option("--data-dir", "data", "Folder that holds the images, or to download them to")
+    option("--image-size", 32, "Side of the square images in pixels; others are resized")
     flip = "Mirror training images at random (default: yes, except for svhn)"
     group.add_argument("--flip", action=on_off, help=flip)
-    labels = "Number of labels used (default: 4000, or all if a folder has unlabeled/)"
+    labels = "Labels to use, equally many of each class (default: 4000; all with unlabeled/)"
     group.add_argument("--num-labeled", type=int, help=labels)
-    option("--val", 0, "Score on this many training images, held out, instead of the test set")
+    option("--val", 0, "Hold out this many training images; score on them, not on the test set")
 
     group = parser.add_argument_group("Model")
     option("--depth", 28, "Depth of the WideResNet, 6n + 4")
-    option("--width", 2, "Width of the WideResNet, a multiple of 16 channels")
-    option("--ema-decay", 0.999, "Decay of the averaged weights, which are what is evaluated")
+    option("--width", 2, "Width of the WideResNet: it has 16, 32, 64 times this many channels")
+    option("--ema-decay", 0.999, "Decay of the moving average of the weights, which is evaluated")
 
     group = parser.add_argument_group("Training")
-    option("--epochs", 200, "Epochs of pretraining, and again of fine-tuning")
+    option("--epochs", 200, "Epochs of pretraining, and as many of fine-tuning")
     option("--steps-per-epoch", 1024, "Training steps in an epoch")
     option("--batch-size", 64, "Labeled images in a training step")
-    option("--lr", 0.03, "Learning rate at the start of each phase; a cosine lowers it")
-    option("--weight-decay", 5e-4, "L2 penalty on convolution and linear weights")
+    option("--lr", 0.03, "Learning rate at the start of each phase; it falls along a cosine")
+    option("--weight-decay", 5e-4, "Weight decay (L2) of convolution and linear weights")
     option("--seed", 0, "Seed of the labeled set, the initial weights and all random draws")
 
     group = parser.add_argument_group(TITLE)
     option("--lambda-u", 1.0, "Weight of the unlabeled loss")
-    option("--mu", 7, "Unlabeled images in a step, for each labeled one")
-    option("--threshold", 0.95, "Confidence at which a pseudo-label counts")
+    option("--mu", 7, "Unlabeled images per labeled image in a step")
+    option("--threshold", 0.95, "Lowest confidence at which a pseudo-label counts")
 
     group = parser.add_argument_group("SCAR")
     option("--eps", 1.0, "Step of FGSM in units of 1/255; 0 keeps every image")
     rules = ["fgsm", "none", "confidence"]
-    select = "Images to add: what withstands FGSM, none (the control), the most confident"
+    select = "fgsm: add what withstands it; none: the control; confidence: as many of the surest"
     option("--select", "fgsm", select, choices=rules)
     table2 = [1.0, 2.0, 3.0, 4.0, 6.0]
-    eps_values = "Values of eps in Table 2, besides --eps (default: 1 2 3 4 6)"
+    eps_values = "Sizes of the attack in Table 2, besides --eps (default: 1 2 3 4 6)"
     group.add_argument("--table2-eps", type=float, nargs="+", default=table2, help=eps_values)
     pretrained = "Skip pretraining: start from this pretrain.pt of an earlier run"
     group.add_argument("--pretrained", type=str, help=pretrained)
@@ -118,9 +124,9 @@ def parse_args(argv=None):
     option("--device", "auto", device, choices=["auto", "cpu", "cuda"])
     precision = "auto: bf16 on a GPU that supports it, otherwise fp32"
     option("--precision", "auto", precision, choices=["auto", "bf16", "fp32"])
-    compiled = "Use torch.compile and, on one GPU, a CUDA graph (default: on a GPU)"
+    compiled = "Use torch.compile, and a CUDA graph on one GPU (default: on a GPU)"
     group.add_argument("--compile", action=on_off, help=compiled)
-    events = "Also write TensorBoard events"
+    events = "Also write TensorBoard events (needs the package tensorboard)"
     group.add_argument("--tensorboard", action="store_true", help=events)
 
     args = parser.parse_args(argv)
@@ -161,7 +167,7 @@ def check_ranges(parser, args):
 
 
 def resolve_defaults(parser, args):
-    """Replaces "auto" and omitted options with what they mean on this machine."""
+    """Fills in "auto" and omitted options; exits if a GPU or package asked for is missing."""
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         parser.error("--tensorboard needs the package tensorboard: pip install tensorboard")
     if args.device == "auto":
@@ -182,7 +188,7 @@ def resolve_defaults(parser, args):
 
 
 def data_name(args):
-    """The data set's name as in the run folder's; with --data folder, the name of that folder."""
+    """The data set's name for the output folder; with --data folder, the name of --data-dir."""
     return Path(args.data_dir).resolve().name if args.data == "folder" else args.data
 
 
@@ -201,7 +207,7 @@ def weak_augment(x, flip=True):
     n, _, h, w = x.shape
 
     def source_of(size):
-        """int64 [N, size]: the row or column of the input that each one of the output shows."""
+        """int64 [N, size]: for each output row (or column), the input row (or column) it shows."""
         shift = torch.randint(-(size // 8), size // 8 + 1, (n, 1), device=x.device)
         position = torch.arange(size, device=x.device) + shift
         return (size - 1) - ((size - 1) - position.abs()).abs()  # -1 -> 1, size -> size - 2
@@ -257,17 +263,17 @@ def randaugment_op(x, op, level):
     value = {name: low + (high - low) * level for name, low, high in RANDAUGMENT_OPS}
 
     # Brightness, Color, Contrast, Sharpness: base + value * (x - base), where the base is black,
-    # the grey image, the grey image's mean, the smoothed image
+    # the gray image, the gray image's mean, the smoothed image
     x = x.float()  # exact for all integers of this block, which are below 2^24
     red, green, blue = x.split(1, dim=1)
-    grey = ((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536).floor()
-    mean = (grey.mean(dim=(2, 3), keepdim=True) + 0.5).floor()
-    # the sum over 3 x 3 pixels, the middle one counted 5 times, over 13 and rounded
+    gray = ((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536).floor()
+    mean = (gray.mean(dim=(2, 3), keepdim=True) + 0.5).floor()
+    # (the sum of 3 x 3 pixels, the middle one counted 5 times) / 13, rounded
     weighted = F.avg_pool2d(x, 3, stride=1, divisor_override=1) + 4 * x[:, :, 1:-1, 1:-1]
     smooth = x.clone()  # the border stays
     smooth[:, :, 1:-1, 1:-1] = ((2 * weighted + 13) / 26).floor()
     black = torch.zeros_like(x)
-    bases = {"Brightness": black, "Color": grey, "Contrast": mean, "Sharpness": smooth}
+    bases = {"Brightness": black, "Color": gray, "Contrast": mean, "Sharpness": smooth}
     base, factor = black, torch.ones_like(level)
     for name, own in bases.items():
         base = torch.where(chosen[name], own, base)
@@ -295,14 +301,14 @@ def randaugment_op(x, op, level):
     table = torch.where(inverted, 255 - entry, table)
     x = table.gather(3, pixels).view(n, 3, h, w).to(torch.uint8)
 
-    # Rotate, Shear, Translate: output pixel (x, y) takes the input's at (ax + by + c, dx + ey + f),
-    # nearest neighbour, pixel centres at .5, in Pillow's 16.16 fixed point; black outside the image
+    # Rotate, Shear, Translate: output pixel (x, y) shows input pixel (ax + by + c, dx + ey + f),
+    # nearest neighbor, pixel centers at .5, in Pillow's 16.16 fixed point; black outside the image
     angle = torch.where(chosen["Rotate"], -torch.deg2rad(value["Rotate"]), 0.0)
     a = angle.cos()
     e = angle.cos()
     b = angle.sin() + torch.where(chosen["ShearX"], value["ShearX"], 0.0)
     d = -angle.sin() + torch.where(chosen["ShearY"], value["ShearY"], 0.0)
-    c = torch.where(chosen["Rotate"], (w - a * w - b * h) / 2, 0.0)  # about the centre
+    c = torch.where(chosen["Rotate"], (w - a * w - b * h) / 2, 0.0)  # about the center
     c = torch.where(chosen["TranslateX"], w * value["TranslateX"], c)
     f = torch.where(chosen["Rotate"], (h - d * w - e * h) / 2, 0.0)
     f = torch.where(chosen["TranslateY"], h * value["TranslateY"], f)
@@ -321,10 +327,10 @@ def randaugment_op(x, op, level):
 
 
 def strong_augment(x, flip=True):
-    """weak_augment, two RandAugment operations, then a grey square of half the side.
+    """weak_augment, two RandAugment operations, then a gray square of half the side.
 
     x: uint8 [N, 3, H, W] -> the same; flip: see weak_augment. Source: FixMatch, section 2.3 and
-    appendix D: operations uniform with replacement and always applied, at uniform levels; the
+    appendix D: operations are drawn with replacement and always applied, at uniform levels; the
     border may cut the square.
     """
     x = weak_augment(x, flip)
@@ -333,7 +339,7 @@ def strong_augment(x, flip=True):
         op = torch.randint(len(RANDAUGMENT_OPS), (n,), device=x.device)
         level = torch.rand(n, device=x.device)
         x = randaugment_op(x, op, level)
-    # each pixel's distance from the centre of the square, [N, H] and [N, W]
+    # each pixel's distance from the center of the square, [N, H] and [N, W]
     down = torch.arange(h, device=x.device) - torch.randint(h, (n, 1), device=x.device)
     right = torch.arange(w, device=x.device) - torch.randint(w, (n, 1), device=x.device)
     rows = (down >= -(h // 4)) & (down < h // 4)
@@ -396,7 +402,7 @@ def select_clean(model, x, eps):
     """
     model.eval()
     keep, pseudo = [], []
-    # the pixels of 64 images of 32 x 32, so that larger images need no more memory
+    # as many pixels as in 64 images of 32 x 32, so that larger ones need no more memory
     images_at_once = max(1, 64 * 32 * 32 // (x.shape[2] * x.shape[3]))
     for images in x.split(images_at_once):
         images = to_float(images)
@@ -408,7 +414,7 @@ def select_clean(model, x, eps):
 
 
 def select_confident(logits, count):
-    """The baseline of SCAR: keeps the `count` most confident images.
+    """The baseline for SCAR: keeps the `count` most confident images.
 
     logits: float [N, C]. Returns keep, bool [N]. Source: PAPER, section III.A.
     """
@@ -461,7 +467,7 @@ def make_optimizer(model, args):
 
 
 def schedule(step, total_steps, phase, args):
-    """(lr, lambda_u) at a step of either phase: lr * cos(7 pi t / (16 T)), a constant lambda_u."""
+    """(lr, lambda_u) at a step: lr * cos(7 pi step / (16 total_steps)), constant lambda_u."""
     return args.lr * math.cos(7 * math.pi * step / (16 * total_steps)), args.lambda_u
 
 
@@ -549,9 +555,9 @@ def average_over_processes(tensors):
 
 
 def save(content, path):
-    """Writes text, a picture or, with torch.save, anything else beside path, then renames it.
+    """Writes text, a picture or (torch.save) anything else to a temporary file, then renames it.
 
-    A reader thus finds the old file or the new one, never half of it. The process's number in the
+    A reader thus finds the old file or the new one, never half of it. The process id in the
     temporary name keeps two runs in one folder apart. Only process 0 of torchrun writes.
     """
     if RANK > 0:
@@ -563,18 +569,18 @@ def save(content, path):
     elif isinstance(content, Image.Image):
         content.save(temporary)
     else:
-        with open(temporary, "wb") as file:  # given a path, torch.save does not name a full disk
+        with open(temporary, "wb") as file:  # given a path, torch.save hides a full disk
             torch.save(content, file)
     os.replace(temporary, path)
 
 
 def load(path):
-    """Loads what torch.save wrote onto the CPU; exits with a message if it cannot be read."""
+    """Loads a file of torch.save to the CPU; exits with a message if it cannot be read."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         sys.exit(f"error: cannot read {path}: {error.strerror}")
-    except Exception:  # for a damaged file torch.load has a dozen kinds
+    except Exception:  # a damaged file raises any of a dozen types
         sys.exit(
             f"error: cannot read {path}: it is damaged or holds no tensors; replace or delete it"
         )
@@ -635,7 +641,7 @@ def begin_folder(out, settings):
 
 
 def data_title(args):
-    """The data set's name in tables. A folder named cifar10-jpeg has its own."""
+    """The data set's name in tables: a folder has its own, but cifar10-jpeg a title."""
     titles = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG)"}
     return titles.get(data_name(args), data_name(args))
 
@@ -647,7 +653,7 @@ def command_line(argv):
 
 
 def machine_info(args):
-    """Device, number of processes and versions, for result.json."""
+    """Device, peak memory, number of processes and versions, for result.json."""
     name = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
     peak_memory = None
     if args.device == "cuda":
@@ -696,10 +702,10 @@ def table2_rows(model, x, y, eps_values):
 
 
 def selection_picture(x, keep, pseudo, y, classes):
-    """Shows, for each class, 8 kept and 8 rejected images with that pseudo-label, drawn at random.
+    """Shows, for each pseudo-label, up to 8 kept and 8 rejected images, drawn at random.
 
     x: uint8 [N, 3, H, W]; keep: bool [N]; pseudo, y: int64 [N], predicted and true labels. Returns
-    a Pillow image. Frames are green where the label is right, red where it is wrong, grey where y
+    a Pillow image. Frames are green where the label is right, red where it is wrong, gray where y
     is -1. Only the first 100 classes are shown, and large images are reduced to 96 x 96 pixels.
     """
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
@@ -718,12 +724,12 @@ def selection_picture(x, keep, pseudo, y, classes):
             in_row = group & (pseudo == label)
             members = order[in_row[order]]  # in random order
             for i, n in enumerate(members[:8].tolist()):
-                colour = "green" if y[n] == label else "red"
+                color = "green" if y[n] == label else "red"
                 if y[n] < 0:
-                    colour = "grey"
+                    color = "gray"
                 corner = left_edge + i * side, 16 + label * side
                 far_corner = corner[0] + side - 3, corner[1] + side - 3
-                pen.rectangle([corner, far_corner], colour)
+                pen.rectangle([corner, far_corner], color)
                 image = Image.fromarray(x[n].permute(1, 2, 0).cpu().numpy()).resize((size, size))
                 picture.paste(image, (corner[0] + 2, corner[1] + 2))
     return picture
@@ -758,13 +764,13 @@ def print_absent_classes(kind, y, classes):
     absent = [name for label, name in enumerate(classes) if label not in present]
     if absent and -1 not in present:  # an image without a label may be of any class
         names = ", ".join(absent[:5])
-        print(f"{len(absent)} of {len(classes)} classes have no {kind} image: {names}")
+        print(f"Classes without {kind} images: {len(absent)} of {len(classes)} ({names})")
 
 
 def progress_lines(row, losses, seconds_left):
-    """A row of the table that a run prints while it trains, and the table's heading: two strings.
+    """Two lines of the table that a run prints while it trains: its heading and an epoch's row.
 
-    row: the epoch's row of metrics.csv; losses: the columns of it that the method names.
+    row: the epoch's row of metrics.csv; losses: the names in it of means over the training steps.
     """
     time_left = f"{seconds_left / 60:.1f} min"
     if seconds_left >= 90 * 60:
@@ -809,7 +815,7 @@ def print_tables(result, out):
     # run_all.sh sets this where it runs the control itself
     if result["select"] != "none" and "CONTROL_FOLLOWS" not in os.environ:
         theta, folder = shlex.quote(f"{out}/pretrain.pt"), shlex.quote(f"{out}-control")
-        print("The control, which tells the effect of SCAR from that of longer training:")
+        print("To see what the added images changed, run the control, which adds none:")
         print(f"{result['command']} --select none --pretrained {theta} --out {folder}")
 
 
@@ -860,7 +866,7 @@ def main(argv=None):
         labeled, unlabeled = split_labeled(y, args.num_labeled, args.seed, classes)
         scored_on = "test"
         if args.val == 0 and len(x_test) == 0:
-            raise ValueError(f"{args.data_dir} has no test/; --val N scores on training images")
+            raise ValueError(f"{args.data_dir} has no test/: use --val N to hold images out")
         if args.val > 0:
             scored_on = "validation"
             option = f"after --num-labeled {args.num_labeled}, --val"
@@ -886,7 +892,7 @@ def main(argv=None):
     model = model.to(args.device, memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False)
     if args.pretrained is not None:
-        # theta~ must come from the same network, images and split; all else may differ
+        # theta~ must come from the same method, network, images, flips and split
         must_agree = "method depth width data classes image_size flip num_labeled val seed images"
         check_same_settings(Path(args.pretrained).parent, settings, must_agree.split())
         try:
@@ -894,7 +900,7 @@ def main(argv=None):
         except (RuntimeError, TypeError):
             sys.exit(f"error: {args.pretrained} does not hold weights of this network")
         if not (Path(args.pretrained).parent / "args.json").exists():
-            print(f"There is no args.json beside {args.pretrained}; its images are not checked")
+            print(f"No args.json beside {args.pretrained}: its images cannot be checked")
         settings["pretrained_weights"] = fingerprint(average.state_dict().values())
 
     # The run's folder must be new, or hold this same run
@@ -952,8 +958,8 @@ def main(argv=None):
             print(f"Resuming after {rows[-1]['phase']} epoch {rows[-1]['epoch']}")
         except (KeyError, RuntimeError, TypeError, ValueError):
             sys.exit(
-                f"error: {out}/checkpoint.pt does not fit: it is from another version of this "
-                "script; choose another --out"
+                f"error: {out}/checkpoint.pt does not fit, perhaps from another version of "
+                "this script; choose another --out"
             )
     begin_folder(out, settings)
     board = None
@@ -978,13 +984,13 @@ def main(argv=None):
             # Lines 9 and 10: kept images join the labeled set, and stay in the unlabeled one too
             labels[unlabeled] = torch.where(keep, pseudo, -1)
             if WORLD_SIZE > 1:
-                # processes may select differently, as their batch-norm statistics differ
+                # selections differ, like the processes' batch-norm statistics: process 0's counts
                 dist.broadcast(labels, 0)
             # Line 11: training continues from theta~; training_step now uses the new optimizer
             model.load_state_dict(average.state_dict())
             optimizer = make_optimizer(model, args)
 
-            # ---- The report, the only use of the true labels of the unlabeled images
+            # ---- The report. Training never uses the true labels of the unlabeled images
             save(weights_of(average), out / "pretrain.pt")
             picture = selection_picture(x[unlabeled], keep, pseudo, y[unlabeled], classes)
             save(picture, out / "selection.png")
@@ -993,7 +999,7 @@ def main(argv=None):
             report = {
                 "theta": fingerprint(average.state_dict().values()),
                 "pretrain_accuracy": evaluate(average, x_test, y_test),
-                "selection": {  # images without a true label only in unlabeled, added, per_class
+                "selection": {  # only the counts named here include images of unknown label
                     "unlabeled": len(unlabeled),
                     "added": int(keep.sum()),
                     **without_nan(selection_stats(keep, pseudo, y[unlabeled])),
@@ -1006,7 +1012,7 @@ def main(argv=None):
 
         known = (labels >= 0).nonzero()[:, 0]  # labeled images; in fine-tuning the kept ones too
         step = training_step
-        if args.device == "cuda" and args.compile and WORLD_SIZE == 1:  # no exchange is recorded
+        if args.device == "cuda" and args.compile and WORLD_SIZE == 1:  # not across processes
             step = capture(training_step)
         for epoch in range(epochs_done + 1, args.epochs + 1):
             started = time.perf_counter()
@@ -1044,7 +1050,7 @@ def main(argv=None):
             means = {name: float(total) / steps for name, total in totals.items()}
             ms_per_step = 1000 * (time.perf_counter() - steps_started) / steps
             if not math.isfinite(means["loss"]):
-                sys.exit(f"error: {phase} {epoch}: loss not finite; try a lower --lr, a new --out")
+                sys.exit(f"error: {phase} {epoch}: loss is nan or inf; lower --lr, change --out")
 
             accuracy = evaluate(average, x_test, y_test)
             seconds = time.perf_counter() - started

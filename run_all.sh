@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Table 1 and Table 2: for every method and seed a SCAR run and, from its pretraining, the controls.
+# Tables 1 and 2: for every method and seed, a SCAR run and the controls from its pretraining.
 #
 #   bash run_all.sh                               the paper's runs, three seeds, one after the other
 #   GPUS="0 1 2 3" bash run_all.sh                the same on several GPUs, one training on each
@@ -8,9 +8,9 @@
 #   METHODS= bash run_all.sh                      only the tables of the runs that are there
 #
 # Rerun the command to resume. The tables are printed and written to OUT/tables.md.
-# Exit code 0: done; 1: a run failed; 2: refused.
+# Exit code 0: done; 1: a run or the tables failed, or it was stopped; 2: bad settings.
 
-set -uf # -f: SEEDS='*' is no list of files
+set -uf # -f: SEEDS='*' must not expand to file names
 SEEDS=${SEEDS-0 1 2}
 EPOCHS=${EPOCHS-200}
 DATA=${DATA-cifar10}
@@ -29,7 +29,7 @@ refuse() {
 
 [ -n "$SEEDS" ] || refuse "SEEDS is empty; give whole numbers"
 for number in "${EPOCHS:-empty}" $SEEDS; do
-    [[ $number =~ ^[0-9]+$ ]] || refuse "EPOCHS and SEEDS are whole numbers, not '$number'"
+    [[ $number =~ ^[0-9]+$ ]] || refuse "EPOCHS and SEEDS must be whole numbers, not '$number'"
 done
 [ "$EPOCHS" -gt 0 ] || refuse "EPOCHS must be at least 1"
 for method in $METHODS; do
@@ -42,16 +42,16 @@ eps= previous=
 for word in "$@"; do
     case ${word%%=*} in
         --data | --data-dir | --epochs | --seed | --out | --select | --pretrained)
-            refuse "${word%%=*} is set by run_all.sh; see DATA, DATA_DIR, EPOCHS, SEEDS, OUT" ;;
+            refuse "${word%%=*} is set by DATA, DATA_DIR, EPOCHS, SEEDS, OUT or CONTROLS" ;;
         --eps) [[ $word = *=* ]] && eps=${word#*=} ;;
     esac
     [ "$previous" != --eps ] || eps=$word
     previous=$word
 done
 mkdir -p "$OUT" || refuse "OUT=$OUT cannot be created; choose another"
-[[ " $CONTROLS " != *" none "* ]] || export CONTROL_FOLLOWS=1 # then no script suggests a control
+[[ " $CONTROLS " != *" none "* ]] || export CONTROL_FOLLOWS=1 # no script need suggest one
 
-run() { # method seed select eps [option ...]: one script
+run() { # method seed select eps [option ...]: runs one script
     local method=$1 seed=$2 select=$3 eps=$4
     shift 4
     # in the background, because bash does not act on a signal before a foreground command ends
@@ -100,7 +100,7 @@ for seed in $SEEDS; do
         if [ ${#gpus[@]} -gt 1 ]; then # in the background, on each GPU in turn
             log=$OUT/${method}__seed$seed.log
             lane=$((${#jobs[@]} % ${#gpus[@]}))
-            before= # the one that has this GPU now
+            before= # the job on this GPU now
             [ ${#jobs[@]} -lt ${#gpus[@]} ] || before=${jobs[-${#gpus[@]}]}
             echo "$method, seed $seed: on GPU ${gpus[$lane]}, output in $log"
             (
@@ -115,7 +115,7 @@ for seed in $SEEDS; do
     done
 done
 for pid in ${jobs[@]+"${jobs[@]}"}; do
-    wait "$pid" || { failed=1; echo "failed: a run; see the logs in $OUT" >&2; }
+    wait "$pid" || { failed=1; echo "a run failed; see the logs in $OUT" >&2; }
 done
 "$PYTHON" "$here/results/tables.py" "$OUT" || failed=1
 exit "$failed"

@@ -147,7 +147,7 @@ def load_model(path, classes=10):
 
 
 def write_photos(root, classes=("ant", "bee")):
-    """train/, test/ of one bright colour a class and, without labels, unlabeled/ below folders."""
+    """train/, test/ of one bright color a class and, without labels, unlabeled/ below folders."""
     rng = np.random.default_rng(0)
     for i, name in enumerate(classes):
         for part, count in ((f"train/{name}", 6), (f"test/{name}", 3), ("unlabeled/deep er", 5)):
@@ -442,7 +442,7 @@ def one_batch(images, request):
     x[40:80] = F.avg_pool2d(x[40:80].float(), 5, 1, 2).to(torch.uint8)  # smooth
     x[80:120] = x[80:120] // 8 + 90  # faint
     x[120:160] = x[120:160] // 64 * 85  # four levels, from 0 to 255
-    x[160:170] = torch.arange(30).view(10, 3, 1, 1) * 8  # one colour
+    x[160:170] = torch.arange(30).view(10, 3, 1, 1) * 8  # one color
     x, op = x.repeat_interleave(14, 0), torch.arange(14).repeat(200)
     level = torch.rand(2800, generator=torch.Generator().manual_seed(0))
     level[:14], level[14:28] = 0, 1
@@ -546,7 +546,7 @@ def test_strong_augments_square_is_half_the_side_cut_at_the_border(strong):
 
 
 def test_strong_augments_square_may_be_centred_on_every_pixel(strong):
-    """A centre in the first row leaves the upper half off, one in the last nearly the lower."""
+    """A center in the first row leaves the upper half off, one in the last nearly the lower."""
     square = (strong.result == 127).all(1)
     for hit, side in ((square.any(2), strong.h), (square.any(1), strong.w)):
         begin = hit.int().argmax(1)
@@ -1064,16 +1064,16 @@ class Brightness(nn.Module):
 
 
 @pytest.fixture
-def grey_images():
-    """510 uint8 images, more than go through the model at once: 85 times six levels of grey."""
+def gray_images():
+    """510 uint8 images, more than go through the model at once: 85 times six levels of gray."""
     values = torch.tensor([0, 120, 126, 127, 129, 255], dtype=torch.uint8)
     return values.repeat(85).view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
 
 
 @pytest.mark.parametrize("scale", [None, 255], ids=["uint8", "float"])
-def test_select_clean_keeps_what_withstands_the_attack(grey_images, scale):
+def test_select_clean_keeps_what_withstands_the_attack(gray_images, scale):
     """Black is attacked to 3, which stays dark; 126 to 129, which does not."""
-    x = grey_images if scale is None else grey_images / scale
+    x = gray_images if scale is None else gray_images / scale
     keep, pseudo = vat_scar.select_clean(Brightness().train(), x, 3 / 255)
     assert pseudo.tolist() == 85 * [0, 0, 0, 0, 1, 1]
     assert keep.tolist() == 85 * [True, True, False, False, False, True]
@@ -1095,8 +1095,8 @@ def test_select_clean_is_algorithm_1_with_ten_classes(few):
     assert (keep == torch.cat(withstands)).sum() >= 59
 
 
-def test_select_clean_with_eps_0_keeps_all(grey_images):
-    assert vat_scar.select_clean(Brightness(), grey_images, 0.0)[0].all()
+def test_select_clean_with_eps_0_keeps_all(gray_images):
+    assert vat_scar.select_clean(Brightness(), gray_images, 0.0)[0].all()
 
 
 @pytest.mark.parametrize(
@@ -1128,9 +1128,9 @@ def test_the_model_gets_as_many_pixels_at_once_as_64_or_128_small_images_have(na
     assert seen == [at_once] * forwards + [1] * forwards
 
 
-def test_select_clean_leaves_the_model_in_eval_mode_and_its_statistics_alone(grey_images):
+def test_select_clean_leaves_the_model_in_eval_mode_and_its_statistics_alone(gray_images):
     model = Brightness().train()
-    vat_scar.select_clean(model, grey_images, 3 / 255)
+    vat_scar.select_clean(model, gray_images, 3 / 255)
     assert not model.training and model.bn.num_batches_tracked == 0
 
 
@@ -1311,9 +1311,9 @@ def test_predict_needs_no_gradient(images):
     assert not vat_scar.predict(WideResNet(10, 10, 1), images[0][:2]).requires_grad
 
 
-def test_evaluate_is_accuracy_in_percent(grey_images):
+def test_evaluate_is_accuracy_in_percent(gray_images):
     """Black, 120 and white are called dark, dark, bright; one of three labels is right."""
-    x = grey_images[[0, 1, 5]]
+    x = gray_images[[0, 1, 5]]
     accuracy = vat_scar.evaluate(Brightness(), x, torch.tensor([1, 0, 0]))
     assert accuracy == pytest.approx(100 / 3)
 
@@ -1404,7 +1404,7 @@ def test_capture_leaves_its_inputs_alone(fake_cuda_graph):
 @pytest.fixture
 def old_and_new():
     """Contents that save takes, two of each kind, and how they are read."""
-    red, blue = (Image.new("RGB", (2, 2), colour) for colour in ("red", "blue"))
+    red, blue = (Image.new("RGB", (2, 2), color) for color in ("red", "blue"))
     return {
         "text.csv": ("ä", "ö", lambda path: path.read_text(encoding="utf-8")),
         "picture.png": (red, blue, lambda path: Image.open(path).convert("RGB")),
@@ -1551,10 +1551,10 @@ def test_without_nan_replaces_only_nan():
     assert vat_scar.without_nan({"a": math.nan, "b": 0.0, "c": 2}) == {"a": None, "b": 0, "c": 2}
 
 
-def test_table2_rows_are_selections_at_each_eps_in_order(grey_images):
+def test_table2_rows_are_selections_at_each_eps_in_order(gray_images):
     """85 times 0, 120, 126, 127, 129, 255; all are labeled dark, so two of six are wrong."""
     y = torch.zeros(510, dtype=torch.int64)
-    rows = vat_scar.table2_rows(Brightness(), grey_images, y, {10.0, 3.0})
+    rows = vat_scar.table2_rows(Brightness(), gray_images, y, {10.0, 3.0})
     assert [row["eps"] for row in rows] == [3, 10]
     names = ["kept", "kept_correct", "rejected", "rejected_wrong"]
     assert [{name: row[name] / 85 for name in names} for row in rows] == [
@@ -1564,10 +1564,10 @@ def test_table2_rows_are_selections_at_each_eps_in_order(grey_images):
     assert [row["sensitivity"] for row in rows] == pytest.approx([200 / 3, 50])
 
 
-def test_table2_rows_have_no_nan(grey_images):
+def test_table2_rows_have_no_nan(gray_images):
     """At eps 0 nothing is rejected."""
     y = torch.zeros(510, dtype=torch.int64)
-    (row,) = vat_scar.table2_rows(Brightness(), grey_images, y, {0.0})
+    (row,) = vat_scar.table2_rows(Brightness(), gray_images, y, {0.0})
     assert row["specificity"] is None
 
 
@@ -1629,7 +1629,7 @@ def test_picture_shows_each_image_once(picture):
 
 
 def test_pictures_frame_tells_right_from_wrong(picture):
-    colours = {"right": (0, 128, 0), "wrong": (255, 0, 0), "unknown": (128, 128, 128)}
+    colors = {"right": (0, 128, 0), "wrong": (255, 0, 0), "unknown": (128, 128, 128)}
     seen = set()
     for cell in picture.cells:
         kind = "right" if picture.pseudo[cell.number] == picture.y[cell.number] else "wrong"
@@ -1637,7 +1637,7 @@ def test_pictures_frame_tells_right_from_wrong(picture):
             kind = "unknown"
         seen.add(kind)
         for edge in (cell.pixels[:2], cell.pixels[10:], cell.pixels[:, 0], cell.pixels[:, 11]):
-            assert (edge == colours[kind]).all(), (cell.number, kind)
+            assert (edge == colors[kind]).all(), (cell.number, kind)
     assert len(seen) == 3
 
 
@@ -1649,8 +1649,8 @@ def test_picture_labels_its_rows_and_columns(monkeypatch):
     def noting(image):
         pen = draw(image)
         text = pen.text
-        pen.text = lambda where, what, colour: (
-            texts.update({what: where}) or text(where, what, colour)
+        pen.text = lambda where, what, color: (
+            texts.update({what: where}) or text(where, what, color)
         )
         return pen
 
@@ -2123,6 +2123,16 @@ def test_the_run_says_what_it_works_on(watched):
         "Files left out: 6 (a, b, c, d, e)\n"
         f"WRN-10-1 on cpu in fp32; files in {watched.out}\n"
     )
+
+
+def test_a_run_says_that_it_reads_images_before_it_does(tmp_path, monkeypatch, capsys):
+    def load(*options):
+        raise ValueError("there are none")
+
+    monkeypatch.setattr(vat_scar, "load_images", load)
+    with pytest.raises(SystemExit):
+        run(vat_scar, tmp_path / "run")
+    assert capsys.readouterr().out == "Reading the images of synthetic\n"
 
 
 def test_initial_weights_follow_from_the_seed(watched):
@@ -2912,7 +2922,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(
 
     monkeypatch.setattr(vat_scar, "batch_loss", batch_loss)
     sentence = refusal(capsys, vat_scar, *SMALL, "--out", tmp_path / "run")
-    assert sentence == "pretrain 1: loss not finite; try a lower --lr, a new --out"
+    assert sentence == "pretrain 1: loss is nan or inf; lower --lr, change --out"
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
@@ -3335,6 +3345,7 @@ def test_a_resumed_run_trains_only_the_remaining_epochs(
     assert f"\nResuming after {where}\n" in printed
     epochs = re.findall(r"^(?:pretrain|finetune)   \d", printed, re.MULTILINE)
     assert len(epochs) == 4 - step // 3
+    assert len(re.findall("^ +epoch ", printed, re.MULTILINE)) == 2 - step // 6  # headings
 
 
 def test_a_run_killed_in_the_control_resumes_from_its_theta(
@@ -3669,7 +3680,7 @@ def test_a_theta_that_does_not_say_what_it_was_trained_on_is_told(
     uninterrupted, few_images, tmp_path, capsys
 ):
     theta = uninterrupted(vat_scar) / "pretrain.pt"
-    note = "There is no args.json beside {}; its images are not checked\n"
+    note = "No args.json beside {}: its images cannot be checked\n"
     run(vat_scar, tmp_path / "one", "--pretrained", theta)
     assert "args.json" not in capsys.readouterr().out
     shutil.copy(theta, tmp_path)
@@ -3915,8 +3926,8 @@ def test_a_folders_labels_are_its_classes_in_order(photos):
     assert x.shape == (22, 3, 24, 24) and x_test.shape == (6, 3, 24, 24)
     assert x.dtype == x_test.dtype == torch.uint8 and y.dtype == y_test.dtype == torch.int64
     for images, labels in ((x, y), (x_test, y_test)):
-        colour = images.float().mean((2, 3)).argmax(1)  # red ants, green bees
-        assert torch.equal(colour[labels >= 0], labels[labels >= 0])
+        color = images.float().mean((2, 3)).argmax(1)  # red ants, green bees
+        assert torch.equal(color[labels >= 0], labels[labels >= 0])
 
 
 def test_a_folders_images_are_resized_as_pillow_does(photos):
@@ -4026,11 +4037,19 @@ BAD_FOLDERS = {
     ),
     "unlabeled is a file": (
         lambda root: (take_out(root, "unlabeled"), (root / "unlabeled").write_text("")),
-        "unlabeled (Not a directory): make it readable, or remove it",
+        "unlabeled (Not a directory): it must be a readable folder",
     ),
     "one class": (
         lambda root: take_out(root, "train/bee", "test/bee"),
-        "train has 1 class folders; it needs two or more",
+        "train needs two or more class folders; it has 1",
+    ),
+    "test is a file": (
+        lambda root: (take_out(root, "test"), (root / "test").write_text("")),
+        "test (Not a directory): it must be a readable folder",
+    ),
+    "no train": (
+        lambda root: take_out(root, "train"),
+        "train needs two or more class folders; it has 0",
     ),
     "empty test": (lambda root: take_out(root, "test/ant", "test/bee"), "test has no class folder"),
     "empty class": (
@@ -4063,7 +4082,7 @@ def test_a_folder_that_cannot_be_read_is_refused(photos, monkeypatch):
             return scandir(path)
 
         monkeypatch.setattr(os, "scandir", refuse)
-        sentence = re.escape(f"cannot read {photos / folder} (Permission denied): make it")
+        sentence = re.escape(f"cannot read {photos / folder} (Permission denied): it must")
         with pytest.raises(ValueError, match=sentence):
             load_images("folder", photos)
 
@@ -4095,7 +4114,7 @@ def test_a_folder_without_test_images_is_scored_on_training_images(photos, tmp_p
     assert (y_test.shape, y_test.dtype) == ((0,), torch.int64)
     options = [*folder_options(photos), "--out", tmp_path / "run", "--num-labeled", 8]
     assert refusal(capsys, vat_scar, *options) == (
-        f"{photos} has no test/; --val N scores on training images"
+        f"{photos} has no test/: use --val N to hold images out"
     )
     result = vat_scar.main([*map(str, options), "--val", "4"])
     assert result["scored_on"] == "validation"
@@ -4109,7 +4128,7 @@ def test_test_images_of_some_classes_are_enough(photos, tmp_path, capsys):
     assert y_test.tolist() == [1, 1, 1]
     options = [*folder_options(photos), "--epochs", "1", "--out", str(tmp_path / "run")]
     vat_scar.main(options)
-    assert "\n1 of 2 classes have no test image: ant\n" in capsys.readouterr().out
+    assert "\nClasses without test images: 1 of 2 (ant)\n" in capsys.readouterr().out
 
 
 def test_a_pool_that_lacks_a_class_is_told(photos, tmp_path, capsys):
@@ -4118,10 +4137,10 @@ def test_a_pool_that_lacks_a_class_is_told(photos, tmp_path, capsys):
         (photos / "train" / "ant" / f"0 {n}.png").unlink()
     options = [*folder_options(photos), "--num-labeled", "4", "--epochs", "1", "--out"]
     vat_scar.main([*options, str(tmp_path / "one")])
-    assert " of 2 classes have no " not in capsys.readouterr().out
+    assert "Classes without" not in capsys.readouterr().out
     shutil.rmtree(photos / "unlabeled")
     vat_scar.main([*options, str(tmp_path / "other")])
-    assert "\n1 of 2 classes have no unlabeled image: ant\n" in capsys.readouterr().out
+    assert "\nClasses without unlabeled images: 1 of 2 (ant)\n" in capsys.readouterr().out
 
 
 def test_what_is_transparent_becomes_white(photos):
@@ -4138,9 +4157,9 @@ def test_what_is_transparent_becomes_white(photos):
     palette.putpalette([0, 0, 0, 9, 9, 9])
     palette.putpixel((2, 3), 0)
     palette.save(ants / "c.png", transparency=1)
-    grey = Image.new("L", (8, 8), 9)
-    grey.putpixel((2, 3), 0)
-    grey.save(ants / "d.png", transparency=9)
+    gray = Image.new("L", (8, 8), 9)
+    gray.putpixel((2, 3), 0)
+    gray.save(ants / "d.png", transparency=9)
     for name, a_fifth in (("a", 204), ("b", 204), ("c", 255), ("d", 255)):
         expected[4, 4] = a_fifth
         pixels = common._read_image(ants / f"{name}.png", 8).permute(1, 2, 0).numpy()
@@ -4258,7 +4277,7 @@ def huge_image():
 
 
 DAMAGED = {
-    "deep grey.png": lambda path: Image.fromarray(np.full((32, 32), 15, np.uint16)).save(path),
+    "deep gray.png": lambda path: Image.fromarray(np.full((32, 32), 15, np.uint16)).save(path),
     "deep float.tiff": lambda path: Image.fromarray(np.ones((32, 32), np.float32)).save(path),
     "huge.png": lambda path: path.write_bytes(huge_image()),
     "text.png": lambda path: path.write_text("hello"),
@@ -4983,7 +5002,7 @@ def test_a_damaged_result_is_named_and_the_others_make_the_tables(damage, three_
 
 def test_no_run_is_an_error(tmp_path, made):
     made_tables = made()
-    assert made_tables.code == 1 and "there is no finished run" in made_tables.errors
+    assert made_tables.code == 1 and "has no finished run" in made_tables.errors
     assert not any(tmp_path.iterdir())
 
 
@@ -5030,15 +5049,16 @@ def options_of(script, capsys):
 def test_help_shows_the_default_of_each_option(script, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(["--help"])
-    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    text = capsys.readouterr().out
     assert "None" not in text
+    entries = {}
+    for entry in re.split(r"\n  (?=-)", text):
+        entries[entry.split()[0].strip(",")] = " ".join(entry.split())
     defaults = {**DEFAULTS, **OWN_DEFAULTS[script.METHOD], "device": "auto", "precision": "auto"}
     for name in ["pretrained", "tensorboard"] + ["mu"] * (script is not fixmatch_scar):
         del defaults[name]
     for name, default in defaults.items():
-        prefix = "--no-" if name in ("flip", "compile") else "--"
-        entry = text.partition(f" {prefix}{name.replace('_', '-')} ")[2]
-        shown = re.search(r"\(default: ([^)]+)\)", entry)[1]
+        shown = re.search(r"\(default: ([^)]+)\)", entries["--" + name.replace("_", "-")])[1]
         if type(default) in (int, float):
             assert float(shown) == default, name
         elif name in ("data", "data_dir", "select", "device", "precision"):
@@ -5085,16 +5105,8 @@ def readmes_code(word):
 def test_readmes_code_to_copy_runs():
     names = {}
     exec(readmes_code("x_adv"), names)
-    same(names["inverted"], 255 - names["x_u"])  # what the README says it does
-    assert names["stats"]["kept"] == names["most_confident"].sum() == names["keep"].sum()
-
-
-def test_readmes_code_to_copy_uses_each_function_of_its_table():
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    table = text.partition("| function | needs | from |")[2].partition("```")[0]
-    names = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
-    assert len(names) >= 12
-    assert [name for name in names if f"{name}(" not in readmes_code("x_adv")] == []
+    same(names["inverted"], 255 - names["x_u"])  # what the name says
+    assert names["stats"]["kept"] == names["keep"].sum() and names["most_confident"].sum() == 4
 
 
 def test_readmes_drawn_images_are_a_folder_to_train_on(tmp_path, monkeypatch):
@@ -5107,14 +5119,16 @@ def test_readmes_drawn_images_are_a_folder_to_train_on(tmp_path, monkeypatch):
 def test_readmes_code_for_a_model_classifies(images, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "runs" / "fixmatch__cifar10__fgsm-eps1__seed0"
     folder.mkdir(parents=True)
-    model = WideResNet(10).eval()
+    model = WideResNet(10, 10, 1).eval()
     torch.save(model.state_dict(), folder / "model.pt")
-    (folder / "args.json").write_text(json.dumps({"classes": SHAPES}))
+    settings = {"classes": SHAPES, "depth": 10, "width": 1, "image_size": 24}
+    (folder / "args.json").write_text(json.dumps(settings))
+    picture = Image.fromarray(images[0][0].permute(1, 2, 0).numpy())
+    picture.save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
-    some = to_float(images[0][:4])
-    exec(readmes_code("model.pt"), {"images": some})
-    expected = [SHAPES[label] for label in model(some).argmax(dim=1)]
-    assert capsys.readouterr().out == f"{expected}\n"
+    exec(readmes_code("model.pt"), {})
+    pixels = torch.from_numpy(np.array(picture.resize((24, 24)))).permute(2, 0, 1)[None]
+    assert capsys.readouterr().out == f"{SHAPES[model(to_float(pixels)).argmax()]}\n"
 
 
 @each_script
@@ -5167,7 +5181,7 @@ def test_run_all_refuses_variables(variable, value, tmp_path):
 )
 def test_run_all_refuses_options_that_it_sets_itself(option, tmp_path):
     done = run_all(option, OUT=str(tmp_path / "out"))
-    assert done.returncode == 2 and "is set by run_all.sh" in done.stderr
+    assert done.returncode == 2 and "is set by DATA, " in done.stderr
     assert not any(tmp_path.iterdir())
 
 

@@ -14,7 +14,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 NAMES = {"vat": "VAT", "mixmatch": "MixMatch", "fixmatch": "FixMatch"}
-COLOURS = {"vat": "C0", "mixmatch": "C1", "fixmatch": "C2"}
+COLORS = {"vat": "C0", "mixmatch": "C1", "fixmatch": "C2"}
 SCAR, COMPARED = "-", "--"  # line styles
 
 
@@ -26,23 +26,23 @@ def read_csv(path):
 
 def draw_accuracy(axes, result, rows):
     """Draws a run's accuracy; a control's pretraining is that of its SCAR run, drawn once."""
-    colour = COLOURS[result["method"]]
+    color = COLORS[result["method"]]
     accuracy = {"pretrain": [], "finetune": [result["pretrain_accuracy"]]}
     for row in rows:
         accuracy[row["phase"]].append(float(row["accuracy"]))
     epochs = len(accuracy["finetune"]) - 1
     before = range(1, len(accuracy["pretrain"]) + 1)
     after = range(epochs, 2 * epochs + 1)
-    axes.plot(before, accuracy["pretrain"], SCAR, color=colour)
+    axes.plot(before, accuracy["pretrain"], SCAR, color=color)
     style = SCAR if result["select"] == "fgsm" else COMPARED
-    axes.plot(after, accuracy["finetune"], style, color=colour)
+    axes.plot(after, accuracy["finetune"], style, color=color)
 
 
 def draw_right_labels(axes, method, rows, style):
     """Draws the share of right labels among the kept ones over eps, in percent."""
     eps = [float(row["eps"]) for row in rows]
     share = [100 * int(row["kept_correct"]) / int(row["kept"]) for row in rows]
-    axes.plot(eps, share, style, marker="o", markersize=4, color=COLOURS[method])
+    axes.plot(eps, share, style, marker="o", markersize=4, color=COLORS[method])
 
 
 def main(study, target):
@@ -68,7 +68,7 @@ def main(study, target):
 
     for method, name in NAMES.items():
         if method in methods:
-            left.plot([], [], color=COLOURS[method], label=name)
+            left.plot([], [], color=COLORS[method], label=name)
     left.plot([], [], SCAR, color="black", label="pretraining, then SCAR")
     left.plot([], [], COMPARED, color="black", label="control: nothing added")
     left.set(xlabel="epoch", ylabel="test accuracy (%)")

@@ -5,7 +5,7 @@
 Means are over seeds at equal settings. Runs on other images, or with another network or length,
 have tables of their own; runs with any other setting have rows that name it. Gains are paired: both
 sides start from the same theta~ (the model after pretraining), identified by a hash of its weights.
-A run whose theta~ comes from none of the runs is left out, with a note.
+A run whose theta~ was pretrained by none of the runs is left out, with a note.
 """
 
 import argparse
@@ -36,8 +36,8 @@ KINDS = {  # what was added for the fine-tuning, in the tables' order
     "fgsm": "SCAR (eps {:g})",
     "confidence": "the most confident (as many as eps {:g} keeps)",
 }
-# a table for each combination of these; a row for each of any other setting, but for those that
-# change no result or are the row's own
+# Runs that differ in TITLE have tables of their own; those that differ in any other setting, rows.
+# FREE settings change no result, or are named or averaged over in a row.
 TITLE = "num_labeled depth width epochs steps_per_epoch batch_size val image_size".split()
 FREE = "seed out data_dir device compile tensorboard pretrained table2_eps select eps".split()
 # options that a method does not have, or that only earlier versions had, as they stand when unused
@@ -45,7 +45,7 @@ UNUSED = [("reselect", 0), ("true_share", None), ("mu", 1)]
 
 
 def read_run(path):
-    """Reads what the tables need from a result.json; raises an error if it is not there."""
+    """Reads what the tables need from a result.json; raises an error if any is missing."""
     result = json.loads(path.read_text(encoding="utf-8"))
     args = {"image_size": 32, **result["args"], "ranks": result["ranks"]}
     for name in TITLE:
@@ -85,7 +85,7 @@ def add_title_and_choice(run, pretraining):
     """Adds the keys by which a run finds its table and its rows.
 
     title: the data and, for each name in TITLE, its values (pretraining's, the run's own); choice:
-    all other settings that change a result, as strings.
+    all other settings that change a result, except select and eps, as strings.
     """
     before, now = pretraining["args"], run["args"]
     pairs = [(before[name], now[name]) for name in TITLE]
@@ -113,7 +113,7 @@ def spread(values, sign=""):
 
 
 def rate(pairs):
-    """Percentage over the (part, whole) of each seed, with the mean numbers behind it."""
+    """Percentage of part in whole, averaged over seeds, and the mean counts behind it."""
     percents = [100 * part / whole for part, whole in pairs if whole > 0]
     if len(pairs) > 1:
         part = mean(part for part, _ in pairs)
@@ -135,7 +135,7 @@ def labels_added(runs):
 
 
 def first_of_each_seed(runs):
-    """The runs, without those whose seed an earlier one has."""
+    """Keeps only the first run of each seed."""
     by_seed = {}
     for run in runs:
         by_seed.setdefault(run["seed"], run)
@@ -143,9 +143,9 @@ def first_of_each_seed(runs):
 
 
 def method_rows(runs, pretrained, label):
-    """Rows of Table 1 and Table 2 for one method's runs at one choice, notes on what is missing.
+    """Rows of both tables for one method's runs at one choice, and notes on runs not counted.
 
-    pretrained: those of the runs whose theta~ has a row.
+    pretrained: the runs whose theta~ counts towards the first row and Table 2.
     """
     method = runs[0]["method"]
     paper_before, paper_after = PAPER_TABLE1[method]
@@ -258,7 +258,7 @@ def tables(runs):
 
 
 def main(argv=None):
-    """Prints and writes the tables; the exit code is 1 if a file is damaged or there is none."""
+    """Prints and writes the tables; returns 1 if a result is damaged or no run has a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, help="the folder that holds the run folders")
     out = parser.parse_args(argv).runs
@@ -296,7 +296,7 @@ def main(argv=None):
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, out / "tables.md")
     else:
-        errors.append(f"there is no finished run in {out}")
+        errors.append(f"{out} has no finished run whose pretraining is there, too")
     for sentence in errors:
         print(f"error: {sentence}", file=sys.stderr)
     return 1 if errors else 0
