@@ -903,6 +903,7 @@ def main(argv=None):
             # so one selection before the first epoch gives the same images.
             # Lines 5 to 8: theta~ labels every unlabeled image, FGSM attacks it, and the image is
             # kept if its label withstands the attack
+            print(f"Attacking the {len(unlabeled):,} unlabeled images", flush=True)
             keep, pseudo = select_clean(average, x[unlabeled], args.eps / 255)
             logits = predict(average, x[unlabeled])
             if args.select == "confidence":  # the baseline: as many images, the most confident
@@ -935,7 +936,7 @@ def main(argv=None):
                 },
                 "table2": table2_rows(average, x_test, y_test, set(args.table2_eps) | {args.eps}),
             }
-            print(f"theta~ has {report['pretrain_accuracy']:.2f} % accuracy;", end=" ")
+            print(f"Pretraining reached {report['pretrain_accuracy']:.2f} % accuracy;", end=" ")
             print(f"{int(keep.sum()):,} of {len(keep):,} unlabeled images join the labeled set")
 
         known = (labels >= 0).nonzero()[:, 0]  # labeled images; in fine-tuning the kept ones too

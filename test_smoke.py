@@ -2318,10 +2318,22 @@ def test_the_result_counts_added_images_by_class(watched):
     assert selection["kept_per_class"] == [labels.count(label) for label in range(10)]
 
 
+def test_a_run_says_that_it_attacks_images_before_it_does(
+    few_images, tmp_path, monkeypatch, capsys
+):
+    def select_clean(model, x, eps):
+        raise Killed
+
+    monkeypatch.setattr(vat_scar, "select_clean", select_clean)
+    with pytest.raises(Killed):
+        run(vat_scar, tmp_path / "run")
+    assert capsys.readouterr().out.endswith("\nAttacking the 200 unlabeled images\n")
+
+
 def test_the_run_says_what_it_selected(watched):
     accuracy = watched.result["pretrain_accuracy"]
-    sentence = f"theta~ has {accuracy:.2f} % accuracy; {watched.keep.sum()} of 150 unlabeled images"
-    assert f"\n{sentence} join the labeled set\n" in watched.printed
+    sentence = f"Pretraining reached {accuracy:.2f} % accuracy; {watched.keep.sum()} of 150"
+    assert f"\n{sentence} unlabeled images join the labeled set\n" in watched.printed
 
 
 def test_the_picture_is_of_the_selection(watched):
