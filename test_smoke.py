@@ -5138,8 +5138,10 @@ def test_readmes_code_for_a_model_classifies(images, tmp_path, monkeypatch, caps
     picture = Image.fromarray(images[0][0].permute(1, 2, 0).numpy())
     picture.save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
-    exec(readmes_code("model.pt"), {})
+    names = {}
+    exec(readmes_code("model.pt"), names)
     pixels = torch.from_numpy(np.array(picture.resize((24, 24)))).permute(2, 0, 1)[None]
+    same(names["x"], to_float(pixels), check_stride=False)
     assert capsys.readouterr().out == f"{SHAPES[model(to_float(pixels)).argmax()]}\n"
 
 
