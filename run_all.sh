@@ -72,11 +72,11 @@ rows() { # method seed [option ...]: SCAR, then its controls from the same pretr
     [ "$method" = vat ] && own=${eps:-6} || own=${eps:-1}
     shift 2
     trap 'kill $(jobs -p) 2> /dev/null; wait; exit 1' TERM
-    echo "== $method, seed $seed, SCAR"
+    printf "\n== %s, seed %s, SCAR\n" "$method" "$seed"
     run "$method" "$seed" fgsm "$own" "$@" || return 1
     set -- "$@" --table2-eps 1 --pretrained "$(folder "$method" "$seed" fgsm "$own")/pretrain.pt"
     for control in $CONTROLS; do
-        echo "== $method, seed $seed, control: $control"
+        printf "\n== %s, seed %s, control: %s\n" "$method" "$seed" "$control"
         [ "$control" = eps0 ] && control="fgsm 0" || control="$control $own"
         run "$method" "$seed" $control "$@" || code=1
     done
@@ -117,5 +117,6 @@ done
 for pid in ${jobs[@]+"${jobs[@]}"}; do
     wait "$pid" || { failed=1; echo "a run failed; see the logs in $OUT" >&2; }
 done
+echo
 "$PYTHON" "$here/results/tables.py" "$OUT" || failed=1
 exit "$failed"

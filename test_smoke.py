@@ -5203,7 +5203,7 @@ def test_run_all_makes_the_tables(three_seeds, tables, capsys):
     done = run_all(OUT=str(three_seeds), METHODS="")
     assert done.returncode == 0, done.stderr
     tables.main([str(three_seeds)])
-    assert done.stdout == capsys.readouterr().out
+    assert done.stdout == "\n" + capsys.readouterr().out
 
 
 def test_run_all_fails_where_the_tables_lack_a_damaged_file(three_seeds):
