@@ -76,10 +76,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("Data")
     data_sets = ["cifar10", "cifar100", "svhn", "stl10", "folder", "synthetic"]
     option(
-        "--data",
-        "cifar10",
-        "folder: your own images; synthetic: ten drawn shapes",
-        choices=data_sets,
+        "--data", "cifar10", "folder: your own images; synthetic: drawn shapes", choices=data_sets
     )
     option("--data-dir", "data", "Folder that holds the images, or to download them to")
     option("--image-size", 32, "Side of the square images in pixels; others are resized")
@@ -722,7 +719,7 @@ def print_tables(result, out):
     """Prints the rows of PAPER's tables that the run in the folder `out` has measured."""
     eps = result["eps"]
     added = {
-        "fgsm": f"SCAR (eps {eps:g})",
+        "fgsm": f"SCAR (eps {eps:g})" if eps > 0 else "every pseudo-label (eps 0)",
         "none": "nothing (control)",
         "confidence": f"the most confident (as many as eps {eps:g} keeps)",
     }
@@ -913,7 +910,7 @@ def main(argv=None):
             # Lines 9 and 10: kept images join the labeled set, and stay in the unlabeled one too
             labels[unlabeled] = torch.where(keep, pseudo, -1)
             if WORLD_SIZE > 1:
-                # selections differ, like the processes' batch-norm statistics: process 0's counts
+                # processes may select differently, as their batch norm does: all use process 0's
                 dist.broadcast(labels, 0)
             # Line 11: training continues from theta~; training_step now uses the new optimizer
             model.load_state_dict(average.state_dict())

@@ -1713,11 +1713,16 @@ def test_printed_tables(capsys):
 
 
 @pytest.mark.parametrize(
-    "select, name",
-    [("none", "nothing (control)"), ("confidence", "the most confident (as many as eps 6 keeps)")],
+    "select, eps, name",
+    [
+        ("none", 6, "nothing (control)"),
+        ("confidence", 6, "the most confident (as many as eps 6 keeps)"),
+        ("fgsm", 0, "every pseudo-label (eps 0)"),
+    ],
 )
-def test_printed_table_1_names_what_was_added(select, name, capsys):
-    vat_scar.print_tables({**RESULT, "select": select}, "runs/mine")
+def test_printed_table_1_names_what_was_added(select, eps, name, capsys):
+    """As results/tables.py does."""
+    vat_scar.print_tables({**RESULT, "select": select, "eps": eps}, "runs/mine")
     assert f"\nVAT + {name}     86.79\n" in capsys.readouterr().out
 
 
@@ -5086,7 +5091,7 @@ def test_a_scripts_header_for_uv_has_the_requirements(script):
 
 
 def test_readme_names_options_that_exist(capsys):
-    known = {"--nproc-per-node", "--array", "--gpus", "--wrap"}.union(
+    known = {"--nproc-per-node", "--array", "--gpus", "--time", "--wrap"}.union(
         *[options_of(script, capsys) for script in SCRIPTS]
     )
     assert (
