@@ -74,9 +74,7 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("Data")
     data_sets = ["cifar10", "cifar100", "svhn", "stl10", "folder", "synthetic"]
-    option(
-        "--data", "cifar10", "folder: your own images; synthetic: drawn shapes", choices=data_sets
-    )
+    option("--data", "cifar10", "folder: your own images; synthetic: shapes", choices=data_sets)
     option("--data-dir", "data", "Folder that holds the images, or to download them to")
     option("--image-size", 32, "Side of the square images in pixels; others are resized")
     flip = "Mirror training images at random (default: yes, except for svhn)"
@@ -1015,10 +1013,11 @@ def main(argv=None):
         for epoch in range(epochs_done + 1, args.epochs + 1):
             started = time.perf_counter()
             model.train()
-            # All draws of an epoch follow from (seed, phase, epoch), so that a resumed run repeats
-            # them. Batches come from a generator of their own, seeded alike in every process.
-            # Unlabeled ones are drawn first, so that they do not depend on the number of labeled
-            # images: a run and its control see the same unlabeled images in the same views.
+            # All draws of an epoch follow from (seed, phase, epoch), so that a run resumed on the
+            # same device repeats them. Batches come from a generator of their own, seeded alike in
+            # every process. Unlabeled ones are drawn first, so that they do not depend on the
+            # number of labeled images: a run and its control see the same unlabeled images in the
+            # same views.
             epoch_seed = np.random.SeedSequence([args.seed, int(phase == "finetune"), epoch])
             augmentation_seed, batch_seed = epoch_seed.generate_state(2)
             torch.manual_seed(int(augmentation_seed) + RANK)

@@ -76,9 +76,7 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("Data")
     data_sets = ["cifar10", "cifar100", "svhn", "stl10", "folder", "synthetic"]
-    option(
-        "--data", "cifar10", "folder: your own images; synthetic: drawn shapes", choices=data_sets
-    )
+    option("--data", "cifar10", "folder: your own images; synthetic: shapes", choices=data_sets)
     option("--data-dir", "data", "Folder that holds the images, or to download them to")
     option("--image-size", 32, "Side of the square images in pixels; others are resized")
     flip = "Mirror training images at random (default: yes, except for svhn)"
@@ -97,11 +95,7 @@ def parse_args(argv=None):
     option("--steps-per-epoch", 1024, "Training steps in an epoch")
     option("--batch-size", 64, "Labeled images in a training step, and as many unlabeled ones")
     option("--lr", 0.002, "Learning rate of Adam, constant")
-    option(
-        "--weight-decay",
-        0.02,
-        "Each step multiplies convolution and linear weights by 1 - lr * this",
-    )
+    option("--weight-decay", 0.02, "Each step scales conv and linear weights by 1 - lr * this")
     option("--seed", 0, "Seed of the labeled set, the initial weights and all random draws")
 
     group = parser.add_argument_group(TITLE)
@@ -953,10 +947,11 @@ def main(argv=None):
         for epoch in range(epochs_done + 1, args.epochs + 1):
             started = time.perf_counter()
             model.train()
-            # All draws of an epoch follow from (seed, phase, epoch), so that a resumed run repeats
-            # them. Batches come from a generator of their own, seeded alike in every process.
-            # Unlabeled ones are drawn first, so that they do not depend on the number of labeled
-            # images: a run and its control see the same unlabeled images in the same views.
+            # All draws of an epoch follow from (seed, phase, epoch), so that a run resumed on the
+            # same device repeats them. Batches come from a generator of their own, seeded alike in
+            # every process. Unlabeled ones are drawn first, so that they do not depend on the
+            # number of labeled images: a run and its control see the same unlabeled images in the
+            # same views.
             epoch_seed = np.random.SeedSequence([args.seed, int(phase == "finetune"), epoch])
             augmentation_seed, batch_seed = epoch_seed.generate_state(2)
             torch.manual_seed(int(augmentation_seed) + RANK)
