@@ -532,7 +532,7 @@ def strong(request, monkeypatch):
     return SimpleNamespace(h=h, w=w, x=x, weak=weak, drawn=drawn, result=result)
 
 
-def test_strong_augment_is_a_weak_view_two_operations_and_a_grey_square(strong):
+def test_strong_augment_is_a_weak_view_two_operations_and_a_gray_square(strong):
     square = (strong.result == 127).all(1)
     same(strong.result, (strong.weak + 2).masked_fill(square[:, None], 127))
 
@@ -630,7 +630,7 @@ def prob_of(model, image):
 
 
 def kl_to(model, prob, image):
-    """KL(prob to p(image)), as in VAT's paper."""
+    """KL(prob || p(image)), as in VAT's paper."""
     return (prob * (prob.log() - prob_of(model, image).log())).sum()
 
 
