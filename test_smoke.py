@@ -1736,6 +1736,7 @@ def test_printed_command_for_the_control_has_a_line_of_its_own(select, capsys, m
 
 def test_no_control_is_suggested_where_it_runs_anyway(capsys, monkeypatch):
     """After a control, and where run_all.sh runs it."""
+    monkeypatch.delenv("CONTROL_FOLLOWS", raising=False)
     vat_scar.print_tables({**RESULT, "select": "none"}, "runs/mine")
     monkeypatch.setenv("CONTROL_FOLLOWS", "1")
     vat_scar.print_tables(RESULT, "runs/mine")
@@ -5078,6 +5079,8 @@ def test_help_shows_the_default_of_each_option(script, capsys):
         shown = re.search(r"\(default: ([^)]+)\)", entries["--" + name.replace("_", "-")])[1]
         if type(default) in (int, float):
             assert float(shown) == default, name
+        elif name == "table2_eps":
+            assert [float(eps) for eps in shown.split()] == default
         elif name in ("data", "data_dir", "select", "device", "precision"):
             assert shown == default, name
 
@@ -5085,9 +5088,12 @@ def test_help_shows_the_default_of_each_option(script, capsys):
 @each_script
 def test_a_scripts_header_for_uv_has_the_requirements(script):
     text = Path(script.__file__).read_text(encoding="utf-8")
-    header = re.match(r"# /// script\n(?:# .*\n)*?# dependencies = (.*)\n# ///\n", text)
+    header = re.match(
+        r'# /// script\n# requires-python = ">=(.*)"\n# dependencies = (.*)\n# ///\n', text
+    )
     lines = (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    assert json.loads(header[1]) == [line for line in lines if not line.startswith("#")]
+    assert json.loads(header[2]) == [line for line in lines if not line.startswith("#")]
+    assert f"Python {header[1]} or later" in (HERE / "README.md").read_text(encoding="utf-8")
 
 
 def test_readme_names_options_that_exist(capsys):

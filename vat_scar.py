@@ -19,7 +19,7 @@ arXiv:1704.03976. The settings are those of vat.py in google-research/mixmatch (
 6, for images in [-1, 1]), but xi is 1, not 1e-6, and the weight of the entropy is 0, not 0.06.
 Measured on CIFAR-10 (JPEG) after 9 + 9 epochs (seed 0, one H100, bf16, torch 2.11, batch norm's eps
 still 1e-5): VAT 76.68 %, SCAR 75.20 %, control 78.42 %. After such a short pretraining SCAR did
-worse than its control. A step takes 5.3 ms.
+worse than its control. A step takes 5.3 ms alone on the GPU.
 """
 
 import argparse
@@ -75,14 +75,22 @@ def parse_args(argv=None):
         group.add_argument(name, default=default, type=type(default), help=sentence, **more)
 
     group = parser.add_argument_group("Data")
-    data_sets = ["cifar10", "cifar100", "svhn", "stl10", "folder", "synthetic"]
-    option("--data", "cifar10", "folder: your own images; synthetic: shapes", choices=data_sets)
+    option(
+        "--data",
+        "cifar10",
+        "Images to train on; folder: your own; synthetic: drawn shapes",
+        choices=["cifar10", "cifar100", "svhn", "stl10", "folder", "synthetic"],
+    )
     option("--data-dir", "data", "Folder that holds the images, or to download them to")
     option("--image-size", 32, "Side of the square images in pixels; others are resized")
-    flip = "Mirror training images at random (default: yes, except for svhn)"
-    group.add_argument("--flip", action=on_off, help=flip)
-    labels = "Labels to use, equally many of each class (default: 4000; all with unlabeled/)"
-    group.add_argument("--num-labeled", type=int, help=labels)
+    group.add_argument(
+        "--flip", action=on_off, help="Mirror images at random (default: yes, except for svhn)"
+    )
+    group.add_argument(
+        "--num-labeled",
+        type=int,
+        help="Labels to use, equally many of each class (default: 4000; all with unlabeled/)",
+    )
     option("--val", 0, "Hold out this many training images; score on them, not on the test set")
 
     group = parser.add_argument_group("Model")
@@ -108,26 +116,46 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("SCAR")
     option("--eps", 6.0, "Step of FGSM in units of 1/255; 0 keeps every image")
-    rules = ["fgsm", "none", "confidence"]
-    select = "fgsm: add what withstands it; none: the control; confidence: as many of the surest"
-    option("--select", "fgsm", select, choices=rules)
-    table2 = [1.0, 2.0, 3.0, 4.0, 6.0]
-    eps_values = "Sizes of the attack in Table 2, besides --eps (default: 1 2 3 4 6)"
-    group.add_argument("--table2-eps", type=float, nargs="+", default=table2, help=eps_values)
-    pretrained = "Skip pretraining: start from this pretrain.pt of an earlier run"
-    group.add_argument("--pretrained", type=str, help=pretrained)
+    option(
+        "--select",
+        "fgsm",
+        "fgsm: add what withstands it; none: the control; confidence: as many of the surest",
+        choices=["fgsm", "none", "confidence"],
+    )
+    group.add_argument(
+        "--table2-eps",
+        type=float,
+        nargs="+",
+        default=[1.0, 2.0, 3.0, 4.0, 6.0],
+        help="Sizes of the attack in Table 2, besides --eps (default: 1 2 3 4 6)",
+    )
+    group.add_argument(
+        "--pretrained", type=str, help="Skip pretraining: start from an earlier run's pretrain.pt"
+    )
 
     group = parser.add_argument_group("Run")
-    out = "Output folder (default: runs/<method>__<data>__<select>-eps<eps>__seed<seed>)"
-    group.add_argument("--out", type=str, help=out)
-    device = "auto: the GPU, if there is one"
-    option("--device", "auto", device, choices=["auto", "cpu", "cuda"])
-    precision = "auto: bf16 on a GPU that supports it, otherwise fp32"
-    option("--precision", "auto", precision, choices=["auto", "bf16", "fp32"])
-    compiled = "Use torch.compile, and a CUDA graph on one GPU (default: on a GPU)"
-    group.add_argument("--compile", action=on_off, help=compiled)
-    events = "Also write TensorBoard events (needs the package tensorboard)"
-    group.add_argument("--tensorboard", action="store_true", help=events)
+    group.add_argument(
+        "--out",
+        type=str,
+        help="Output folder (default: runs/<method>__<data>__<select>-eps<eps>__seed<seed>)",
+    )
+    option("--device", "auto", "auto: the GPU, if there is one", choices=["auto", "cpu", "cuda"])
+    option(
+        "--precision",
+        "auto",
+        "auto: bf16 on a GPU that supports it, otherwise fp32",
+        choices=["auto", "bf16", "fp32"],
+    )
+    group.add_argument(
+        "--compile",
+        action=on_off,
+        help="Use torch.compile, and a CUDA graph on one GPU (default: on a GPU)",
+    )
+    group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="Also write TensorBoard events (needs the package tensorboard)",
+    )
 
     args = parser.parse_args(argv)
     if args.xi == 0:
@@ -914,7 +942,7 @@ def main(argv=None):
             # Lines 9 and 10: kept images join the labeled set, and stay in the unlabeled one too
             labels[unlabeled] = torch.where(keep, pseudo, -1)
             if WORLD_SIZE > 1:
-                # processes may select differently, as their batch norm does: all use process 0's
+                # batch-norm statistics differ between processes, so selections may: use process 0's
                 dist.broadcast(labels, 0)
             # Line 11: training continues from theta~; training_step now uses the new optimizer
             model.load_state_dict(average.state_dict())
@@ -929,7 +957,7 @@ def main(argv=None):
             report = {
                 "theta": fingerprint(average.state_dict().values()),
                 "pretrain_accuracy": evaluate(average, x_test, y_test),
-                "selection": {  # only the counts named here include images of unknown label
+                "selection": {  # selection_stats alone leaves out images without a true label
                     "unlabeled": len(unlabeled),
                     "added": int(keep.sum()),
                     **without_nan(selection_stats(keep, pseudo, y[unlabeled])),

@@ -2,7 +2,7 @@
 
 Left: test accuracy over epochs, in pretraining and then with SCAR (solid) and in the control
 (dashed). Right: how many of the labels that FGSM keeps are right, over eps (solid), and how many of
-as many labels chosen by confidence (dashed; from confidence.csv in the study's folder).
+as many labels chosen by confidence (dashed; from confidence.csv, if the study's folder has it).
 """
 
 import csv
@@ -61,8 +61,9 @@ def main(study, target):
             draw_right_labels(right, result["method"], kept, SCAR)
     if not methods:
         sys.exit(f"error: {study} has no finished runs")
-    by_confidence = read_csv(Path(study, "confidence.csv"))
-    for method in methods:
+    confidence = Path(study, "confidence.csv")
+    by_confidence = read_csv(confidence) if confidence.exists() else []
+    for method in sorted(methods):
         rows = [row for row in by_confidence if row["method"] == method]
         draw_right_labels(right, method, rows, COMPARED)
 
