@@ -4464,13 +4464,18 @@ def test_images_that_are_there_are_read_without_writing(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------- the tables
 
 
-@pytest.fixture(scope="session")
-def tables():
-    """results/tables.py as a module."""
-    spec = importlib.util.spec_from_file_location("tables", HERE / "results" / "tables.py")
+def module_of_results(name):
+    """A script in results/ as a module; the scripts there import each other by name."""
+    spec = importlib.util.spec_from_file_location(name, HERE / "results" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def tables():
+    return module_of_results("tables")
 
 
 SETTINGS = {
@@ -4514,7 +4519,7 @@ def write_run(root, name, before, after, theta=None, args=None, **changes):
         "args": args,
         **changes,
     }
-    (root / name).mkdir(parents=True)
+    (root / name).mkdir(parents=True, exist_ok=True)
     (root / name / "result.json").write_text(json.dumps(result))
 
 
@@ -5034,23 +5039,253 @@ def test_a_runs_own_result_makes_the_tables(watched, tables, capsys):
     assert f"| {name} + SCAR (eps {watched.eps}) | {accuracy} (n = 1) |" in capsys.readouterr().out
 
 
-def test_results_have_the_tables_of_their_files(tables, tmp_path, capsys):
-    shutil.copytree(HERE / "results" / "h100", tmp_path / "h100")
-    assert tables.main([str(tmp_path / "h100")]) == 0
-    assert capsys.readouterr().out.strip() in (HERE / "results" / "README.md").read_text(
-        encoding="utf-8"
+STUDIES = sorted({path.parent.parent for path in HERE.glob("results/*/*/result.json")})
+each_study = pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+
+
+@each_study
+def test_results_have_the_tables_of_their_files(study, tables, tmp_path, capsys):
+    shutil.copytree(study, tmp_path / "study")
+    assert tables.main([str(tmp_path / "study")]) == 0
+    text = (HERE / "results" / "README.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.strip() in text
+
+
+@each_study
+def test_results_have_the_numbers_of_confidence(study):
+    text = (HERE / "results" / "README.md").read_text(encoding="utf-8")
+    rows = read_rows(study / "confidence.csv")
+    assert rows
+    for folder in {row["run"] for row in rows}:
+        result = json.loads((study / folder / "result.json").read_text(encoding="utf-8"))
+        title = {"vat": "VAT", "mixmatch": "MixMatch", "fixmatch": "FixMatch"}[result["method"]]
+        own = [row for row in rows if row["run"] == folder]
+        for row, table2 in zip(own, result["table2"], strict=True):
+            measured = [str(table2[name]) for name in ("kept", "kept_correct")]
+            assert [row["kept"], row["fgsm_correct"]] == measured
+            assert float(row["eps"]) == table2["eps"]
+        numbers = [f"{int(row['kept']):,}" for row in own]
+        assert f"| {title}: number kept | {' | '.join(numbers)} |" in text
+        for name, column in {"FGSM": "fgsm_correct", "confidence": "confidence_correct"}.items():
+            right = [f"{100 * int(row[column]) / int(row['kept']):.2f}" for row in own]
+            assert f"| {title}: {name} | {' | '.join(right)} |" in text
+
+
+# ----------------------------------------------------------------------------------- the comparison
+
+
+class Recalled(nn.Module):
+    """A network of WideResNet's size that gives its images the logits among its weights."""
+
+    def __init__(self, classes, depth, width):
+        super().__init__()
+        assert (classes, depth, width) == (10, 10, 1)
+        self.logits = nn.Parameter(torch.empty(100, classes))
+
+    def forward(self, x):
+        assert x.shape == (100, 3, 8, 8)
+        return self.logits
+
+
+@pytest.fixture
+def compare(tables, monkeypatch):
+    """results/compare.py with 100 test images and networks of type Recalled."""
+    module = module_of_results("compare")
+    x = torch.zeros(100, 3, 8, 8, dtype=torch.uint8)
+    y = torch.arange(100) % 10
+    files = {("folder", "mine", 8): (x[:7], y[:7], x, y)}
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "load_images", lambda *args: files[args])
+    monkeypatch.setattr(module, "image_names", lambda data, data_dir: (SHAPES, [], []))
+    monkeypatch.setattr(module, "WideResNet", Recalled)
+    return module
+
+
+@pytest.fixture
+def family(tmp_path):
+    """Runs in a folder, and in `.logits` those of their weights files, by run and file."""
+    y = torch.arange(100) % 10
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+
+    def weights(run, name):
+        logits = torch.randn(100, 10, generator=generator)
+        logits[torch.arange(100), y] += 2
+        torch.save({"logits": logits}, tmp_path / run / name)
+        found[run, name] = logits
+        return float((logits.argmax(dim=1) == y).sum())
+
+    def add(run, theta=None, eps_of_table2=(1,), args=(), **changes):
+        kept = {0: 100, 1: 60, 2: 25, 255: 0}
+        table2 = [{"eps": e, **counts(kept[e] // 2, kept[e], 3, 4)} for e in eps_of_table2]
+        (tmp_path / run).mkdir()
+        if theta is None:
+            before = weights(run, "pretrain.pt")
+        else:
+            shutil.copy(tmp_path / theta / "pretrain.pt", tmp_path / run)
+            found[run, "pretrain.pt"] = found[theta, "pretrain.pt"]
+            before = float((found[theta, "pretrain.pt"].argmax(dim=1) == y).sum())
+        after = weights(run, "model.pt")
+        own = {"data": "folder", "data_dir": "mine", "image_size": 8, **dict(args)}
+        write_run(tmp_path, run, before, after, theta, own, table2=table2, **changes)
+
+    add("scar", eps_of_table2=(0, 1, 2, 255))
+    add("all", "scar", eps=0.0)
+    add("control", "scar", select="none")
+    add("longer", "scar", args={"epochs": 3}.items())
+    add("other", eps_of_table2=(1, 2))
+    add("val", args={"val": 50}.items())
+    return SimpleNamespace(root=tmp_path, y=y, logits=found)
+
+
+def compare_family(compare, family, capsys):
+    """compare.py over the family: its exit code, the cells of its two tables, what it printed."""
+    code = compare.main([str(family.root)])
+    printed = capsys.readouterr()
+    tables = printed.out.split("\n\n")[:2]
+    gains, shares = [
+        [[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines()[2:]]
+        for table in tables
+    ]
+    return SimpleNamespace(code=code, gains=gains, shares=shares, out=printed.out, err=printed.err)
+
+
+def expected_gain(family, after, before):
+    """From the definition of McNemar's test."""
+    gained = lost = 0
+    for a, b, label in zip(family.logits[after], family.logits[before], family.y, strict=True):
+        gained += bool(a.argmax() == label and b.argmax() != label)
+        lost += bool(a.argmax() != label and b.argmax() == label)
+    return f"{gained - lost:+.2f} (z = {(gained - lost) / math.sqrt(gained + lost):.1f})"
+
+
+def test_compare_finds_each_runs_gain_over_its_theta(compare, family, capsys):
+    gains = {row[0]: row[1] for row in compare_family(compare, family, capsys).gains}
+    names = ["scar", "all", "control", "longer", "other"]
+    expected = {
+        name: expected_gain(family, (name, "model.pt"), (name, "pretrain.pt")) for name in names
+    }
+    assert gains == expected
+    assert len(set(expected.values())) > 2
+
+
+def test_compare_finds_the_gain_over_the_control_of_the_same_settings(compare, family, capsys):
+    gains = {row[0]: row[2] for row in compare_family(compare, family, capsys).gains}
+    expected = {
+        name: expected_gain(family, (name, "model.pt"), ("control", "model.pt"))
+        for name in ("scar", "all")
+    }
+    assert gains == {**expected, "control": "", "longer": "", "other": ""}
+    assert expected["scar"] != expected["all"]
+
+
+def test_compare_chooses_as_many_by_confidence_as_fgsm_keeps(compare, family, capsys):
+    shares = compare_family(compare, family, capsys).shares
+    rows = read_rows(family.root / "confidence.csv")
+    expected, expected_cells = [], []
+    for name, numbers in {
+        "scar": {"0": 100, "1": 60, "2": 25, "255": 0},
+        "other": {"1": 60, "2": 25},
+    }.items():
+        logits = family.logits[name, "pretrain.pt"]
+        confidence = logits.softmax(dim=1).amax(dim=1)
+        right = (logits.argmax(dim=1) == family.y)[confidence.argsort(descending=True)]
+        for eps, kept in numbers.items():
+            counted = kept, kept // 2, int(right[:kept].sum())
+            names = ["run", "eps", "kept", "fgsm_correct", "confidence_correct"]
+            expected.append(dict(zip(names, [name, eps, *map(str, counted)], strict=True)))
+            cells = ["none (0/0)", "none (0/0)"]
+            if kept > 0:
+                cells = [f"{100 * part / kept:.2f} ({part}/{kept})" for part in counted[1:]]
+            expected_cells.append([name, eps, *cells])
+    assert rows == expected
+    assert shares == expected_cells
+
+
+def test_compare_leaves_out_what_was_not_scored_on_test_images(compare, family, capsys):
+    compared = compare_family(compare, family, capsys)
+    assert compared.code == 0
+    assert compared.out.endswith("\n\n- left out: val; it was not scored on the test images\n")
+
+
+def test_compare_predicts_without_tf32_as_the_runs_do(compare, family, capsys, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    compare_family(compare, family, capsys)
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_models_that_agree_have_no_z(compare):
+    right = torch.tensor([True, False, True])
+    assert compare.gain(right, right) == "+0.00"
+
+
+def refusal_of_compare(compare, family):
+    """The sentence with which compare.py ends; it leaves no file."""
+    with pytest.raises(SystemExit) as stopped:
+        compare.main([str(family.root)])
+    assert not (family.root / "confidence.csv").exists()
+    return stopped.value.code
+
+
+def test_compare_refuses_an_accuracy_that_is_not_the_runs(compare, family):
+    path = family.root / "scar" / "model.pt"
+    logits = torch.load(path)["logits"]
+    wrong = (logits.argmax(dim=1) != family.y).nonzero()[0]
+    logits[wrong, family.y[wrong]] += 100
+    torch.save({"logits": logits}, path)
+    found = (logits.argmax(dim=1) == family.y).sum()
+    assert refusal_of_compare(compare, family) == (
+        f"error: {path} classifies {found:.2f} % of the test images correctly, but its result.json "
+        f"says {found - 1:.2f}: the images in mine or the weights are others"
     )
 
 
-def test_results_have_the_numbers_of_confidence():
-    text = (HERE / "results" / "README.md").read_text(encoding="utf-8")
-    rows = read_rows(HERE / "results" / "h100" / "confidence.csv")
-    for method, title in {"vat": "VAT", "mixmatch": "MixMatch", "fixmatch": "FixMatch"}.items():
-        own = [row for row in rows if row["method"] == method]
-        numbers = [f"{int(row['kept']):,}" for row in own]
-        right = [f"{100 * int(row['kept_correct']) / int(row['kept']):.2f}" for row in own]
-        assert f"| {title}: number kept | {' | '.join(numbers)} |" in text
-        assert f"| {title}: confidence | {' | '.join(right)} |" in text
+def test_compare_refuses_weights_of_another_network(compare, family):
+    path = family.root / "scar" / "pretrain.pt"
+    torch.save({"logits": torch.zeros(3, 10)}, path)
+    sentence = f"error: {path} does not hold the weights of its run"
+    assert refusal_of_compare(compare, family) == sentence
+
+
+def test_compare_names_missing_weights(compare, family):
+    (family.root / "control" / "model.pt").unlink()
+    sentence = f"error: cannot read {family.root}/control/model.pt: No such file or directory"
+    assert refusal_of_compare(compare, family) == sentence
+
+
+def test_compare_names_missing_images(compare, family, monkeypatch):
+    monkeypatch.setattr(compare, "load_images", load_images)
+    assert refusal_of_compare(compare, family).startswith("error: mine")
+
+
+def test_compare_names_a_damaged_result_and_compares_the_others(compare, family, capsys):
+    (family.root / "all" / "result.json").write_text("{")
+    compared = compare_family(compare, family, capsys)
+    assert compared.code == 1
+    assert compared.err.splitlines()[-1].startswith(
+        f"error: {family.root}/all/result.json is damaged"
+    )
+    assert {row[0] for row in compared.gains} == {"scar", "control", "longer", "other"}
+
+
+def test_compare_without_runs_prints_no_empty_tables(compare, tmp_path, capsys):
+    assert compare.main([str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    sentence = f"error: {tmp_path} has no finished run whose pretraining is there, too\n"
+    assert (printed.out, printed.err) == ("", sentence)
+    assert not any(tmp_path.iterdir())
+
+
+def test_compare_runs_as_a_command(tmp_path):
+    """On a run as it stands, whose images it reads again."""
+    small = ["--data", "synthetic", *SIZE, *ON_CPU, "--num-labeled", "5000", "--select", "none"]
+    with redirect_stdout(io.StringIO()):
+        mixmatch_scar.main([*small, "--epochs", "1", "--out", str(tmp_path / "run")])
+    command = [sys.executable, HERE / "results" / "compare.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "Reading the images of synthetic in data\n"
+    assert "| run | " in done.stdout and (tmp_path / "confidence.csv").exists()
 
 
 # --------------------------------------------------------------------------- the README, run_all.sh

@@ -38,10 +38,11 @@ def draw_accuracy(axes, result, rows):
     axes.plot(after, accuracy["finetune"], style, color=color)
 
 
-def draw_right_labels(axes, method, rows, style):
-    """Draws the share of right labels among the kept ones over eps, in percent."""
+def draw_right_labels(axes, method, rows, correct, style):
+    """Draws the share of right labels over eps, in percent; the column `correct` counts them."""
+    rows = [row for row in rows if int(row["kept"]) > 0]
     eps = [float(row["eps"]) for row in rows]
-    share = [100 * int(row["kept_correct"]) / int(row["kept"]) for row in rows]
+    share = [100 * int(row[correct]) / int(row["kept"]) for row in rows]
     axes.plot(eps, share, style, marker="o", markersize=4, color=COLORS[method])
 
 
@@ -49,6 +50,8 @@ def main(study, target):
     """Reads the runs with SCAR and their controls in the folder `study`, writes the figure."""
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "scar"})
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    confidence = Path(study, "confidence.csv")
+    by_confidence = read_csv(confidence) if confidence.exists() else []
     methods = set()
     for path in sorted(Path(study).glob("*/result.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -57,15 +60,11 @@ def main(study, target):
         methods.add(result["method"])
         draw_accuracy(left, result, read_csv(path.with_name("metrics.csv")))
         if result["select"] == "fgsm":
-            kept = [row for row in result["table2"] if row["kept"] > 0]
-            draw_right_labels(right, result["method"], kept, SCAR)
+            draw_right_labels(right, result["method"], result["table2"], "kept_correct", SCAR)
+            rows = [row for row in by_confidence if row["run"] == path.parent.name]
+            draw_right_labels(right, result["method"], rows, "confidence_correct", COMPARED)
     if not methods:
         sys.exit(f"error: {study} has no finished runs")
-    confidence = Path(study, "confidence.csv")
-    by_confidence = read_csv(confidence) if confidence.exists() else []
-    for method in sorted(methods):
-        rows = [row for row in by_confidence if row["method"] == method]
-        draw_right_labels(right, method, rows, COMPARED)
 
     for method, name in NAMES.items():
         if method in methods:

@@ -99,6 +99,37 @@ def add_title_and_choice(run, pretraining):
     run["choice"] = tuple(sorted(choice.items()))
 
 
+def read_runs(out):
+    """Reads the runs in a folder that start from a theta~ which one of them pretrained.
+
+    Returns (runs, left_out, errors): runs as in read_run, with title and choice; a Markdown list of
+    the runs whose pretraining is not there; sentences on the results that cannot be read.
+    """
+    runs, errors = [], []
+    for path in sorted(out.glob("*/result.json")):
+        try:
+            runs.append(read_run(path))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            errors.append(f"{path} is damaged or not a run's result ({type(error).__name__})")
+    pretrainings = {}
+    for run in runs:
+        if run["pretrains"]:
+            pretrainings.setdefault(run["theta"], run)
+    kept = []
+    left_out = ""
+    for run in runs:
+        if run["theta"] in pretrainings:
+            add_title_and_choice(run, pretrainings[run["theta"]])
+            kept.append(run)
+        else:
+            came_from = run["args"]["pretrained"]
+            left_out += f"- left out: {run['folder']}; no run here pretrained its theta~ "
+            left_out += f"(--pretrained {came_from})\n"
+    if not kept:
+        errors.append(f"{out} has no finished run whose pretraining is there, too")
+    return kept, left_out, errors
+
+
 def then(before, now):
     """A setting in pretraining and in fine-tuning, as text."""
     return str(now) if before == now else f"{before} then {now}"
@@ -262,41 +293,20 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, help="the folder that holds the run folders")
     out = parser.parse_args(argv).runs
-    runs, errors = [], []
-    for path in sorted(out.glob("*/result.json")):
-        try:
-            runs.append(read_run(path))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            errors.append(f"{path} is damaged or not a run's result ({type(error).__name__})")
-    pretrainings = {}
-    for run in runs:
-        if run["pretrains"]:
-            pretrainings.setdefault(run["theta"], run)
-    kept = []
-    left_out = ""
-    for run in runs:
-        if run["theta"] in pretrainings:
-            add_title_and_choice(run, pretrainings[run["theta"]])
-            kept.append(run)
-        else:
-            came_from = run["args"]["pretrained"]
-            left_out += f"- left out: {run['folder']}; no run here pretrained its theta~ "
-            left_out += f"(--pretrained {came_from})\n"
+    runs, left_out, errors = read_runs(out)
     parts = []
-    for title in sorted({run["title"] for run in kept}):
-        parts.append(tables([run for run in kept if run["title"] == title]))
+    for title in sorted({run["title"] for run in runs}):
+        parts.append(tables([run for run in runs if run["title"] == title]))
     if left_out:
         parts.append(left_out)
     # names of folders need not be UTF-8
     text = "\n".join(parts).encode("utf-8", "backslashreplace").decode("utf-8")
     print(text, end="")
-    if kept:
+    if runs:
         # renamed when whole, because several run_all.sh may share a folder
         temporary = out / f".{os.getpid()}-tables.md"
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, out / "tables.md")
-    else:
-        errors.append(f"{out} has no finished run whose pretraining is there, too")
     for sentence in errors:
         print(f"error: {sentence}", file=sys.stderr)
     return 1 if errors else 0
