@@ -5130,7 +5130,7 @@ def family(tmp_path):
         write_run(tmp_path, run, before, after, theta, own, table2=table2, **changes)
 
     add("scar", eps_of_table2=(0, 1, 2, 255))
-    add("all", "scar", eps=0.0)
+    add("all", "scar", eps=0.0, eps_of_table2=(0, 1, 2, 255))
     add("control", "scar", select="none")
     add("longer", "scar", args={"epochs": 3}.items())
     add("other", eps_of_table2=(1, 2))
@@ -5212,6 +5212,16 @@ def test_compare_predicts_without_tf32_as_the_runs_do(compare, family, capsys, m
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     compare_family(compare, family, capsys)
     assert not torch.backends.cudnn.allow_tf32
+
+
+def test_compare_says_so_where_no_run_was_scored_on_test_images(compare, family, capsys):
+    for name in ("scar", "other"):  # then the theta~ of the others is missing, too
+        shutil.rmtree(family.root / name)
+    assert compare.main([str(family.root)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "- left out: val; it was not scored on the test images"
+    assert lines[0].startswith("- left out: all; no run here pretrained its theta~")
+    assert len(lines) == 4 and not (family.root / "confidence.csv").exists()
 
 
 def test_models_that_agree_have_no_z(compare):

@@ -4,8 +4,9 @@
 
 The first table says how many points each run gained over theta~ (the model after pretraining) and
 over the control that starts from the same theta~; z is the statistic of McNemar's test. The second
-says, for each theta~ and each eps of its Table 2, how many of the labels that FGSM keeps are right,
-and how many of equally many labels chosen by confidence; confidence.csv has the counts.
+says, for each theta~ (named by the run that pretrained it) and each eps of that run's Table 2, how
+many of the labels that FGSM keeps are right, and how many of equally many labels chosen by
+confidence; confidence.csv has the counts.
 
 The runs need their weights (pretrain.pt and model.pt), and the images must be where they were.
 """
@@ -76,8 +77,9 @@ def compare(out, runs):
     Returns rows for confidence.csv: for each eps of theta~'s Table 2, how many labels are right
     among the most confident ones, as many as FGSM keeps.
     """
-    measured = max(runs, key=lambda run: len(run["table2"]))  # controls measure eps 1 alone
-    logits, y = logits_of(out / measured["folder"] / "pretrain.pt", measured, measured["before"])
+    pretraining = next(run for run in runs if run["pretrains"])
+    weights = out / pretraining["folder"] / "pretrain.pt"
+    logits, y = logits_of(weights, pretraining, pretraining["before"])
     right_before = logits.argmax(dim=1) == y
     right_in_control = {}  # by the settings, in which a run and its control agree
     for run in sorted(runs, key=lambda run: run["kind"] != "none"):  # controls first
@@ -91,11 +93,11 @@ def compare(out, runs):
             over_control = gain(right, right_in_control[settings])
         print(f"| {run['folder']} | {gain(right, right_before)} | {over_control} |", flush=True)
     rows = []
-    for eps, ((kept_correct, kept), _) in sorted(measured["table2"].items()):
+    for eps, ((kept_correct, kept), _) in sorted(pretraining["table2"].items()):
         most_confident = select_confident(logits, kept)
         rows.append(
             {
-                "run": measured["folder"],
+                "run": pretraining["folder"],
                 "eps": f"{eps:g}",
                 "kept": kept,
                 "fgsm_correct": kept_correct,
@@ -136,8 +138,9 @@ def main(argv=None):
             confidence = rate([(row["confidence_correct"], row["kept"])])
             print(f"| {row['run']} | {row['eps']} | {fgsm} | {confidence} |")
         save(csv_text(rows), out / "confidence.csv")
-    if left_out:
-        print(f"\n{left_out}", end="")
+    if groups and left_out:
+        print()
+    print(left_out, end="")
     for sentence in errors:
         print(f"error: {sentence}", file=sys.stderr)
     return 1 if errors else 0

@@ -2,7 +2,7 @@
 
 Left: test accuracy over epochs, in pretraining and then with SCAR (solid) and in the control
 (dashed). Right: how many of the labels that FGSM keeps are right, over eps (solid), and how many of
-as many labels chosen by confidence (dashed; from confidence.csv, if the study's folder has it).
+as many labels chosen by confidence (dashed; from confidence.csv, if compare.py has written it).
 """
 
 import csv
@@ -59,7 +59,7 @@ def main(study, target):
             continue
         methods.add(result["method"])
         draw_accuracy(left, result, read_csv(path.with_name("metrics.csv")))
-        if result["select"] == "fgsm":
+        if result["args"]["pretrained"] is None:  # each theta~ once
             draw_right_labels(right, result["method"], result["table2"], "kept_correct", SCAR)
             rows = [row for row in by_confidence if row["run"] == path.parent.name]
             draw_right_labels(right, result["method"], rows, "confidence_correct", COMPARED)
