@@ -30,6 +30,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -4640,8 +4641,8 @@ def test_results_of_earlier_versions_are_paired_by_their_folders(tmp_path, made)
 
 
 def test_scar_without_a_control_is_named(three_seeds, made):
-    note = f"- {SCAR}: left out of the gain over control, because no control starts from the same "
-    assert f"{note}theta~: scar2\n" in made().text
+    note = f"- {SCAR}: left out of the gain over control, because no control with these "
+    assert f"{note}settings starts from the same theta~: scar2\n" in made().text
     write_run(three_seeds, "control2", 90, 92, theta="scar2", select="none", seed=2)
     assert "no control" not in made().text
 
@@ -5040,6 +5041,7 @@ def test_a_runs_own_result_makes_the_tables(watched, tables, capsys):
 
 
 STUDIES = sorted({path.parent.parent for path in HERE.glob("results/*/*/result.json")})
+assert STUDIES
 each_study = pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
 
 
@@ -5075,16 +5077,16 @@ def test_results_have_the_numbers_of_confidence(study):
 
 
 class Recalled(nn.Module):
-    """A network of WideResNet's size that gives its images the logits among its weights."""
+    """A network whose only weights, named by its size, are the logits that it gives its images."""
 
     def __init__(self, classes, depth, width):
         super().__init__()
-        assert (classes, depth, width) == (10, 10, 1)
-        self.logits = nn.Parameter(torch.empty(100, classes))
+        self.register_parameter(f"{depth}-{width}", nn.Parameter(torch.empty(100, classes)))
 
     def forward(self, x):
         assert x.shape == (100, 3, 8, 8)
-        return self.logits
+        (logits,) = self.parameters()
+        return logits
 
 
 @pytest.fixture
@@ -5093,7 +5095,12 @@ def compare(tables, monkeypatch):
     module = module_of_results("compare")
     x = torch.zeros(100, 3, 8, 8, dtype=torch.uint8)
     y = torch.arange(100) % 10
-    files = {("folder", "mine", 8): (x[:7], y[:7], x, y)}
+    files = {
+        ("folder", "mine", 8): (x[:7], y[:7], x, y),
+        ("folder", "moved", 8): (x[:7], y[:7], x, y),
+        ("folder", "fewer", 8): (x[:7], y[:7], x[:90], y[:90]),
+        ("folder", "shuffled", 8): (x[:7], y[:7], x, y.flip(0)),
+    }
     monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(module, "load_images", lambda *args: files[args])
     monkeypatch.setattr(module, "image_names", lambda data, data_dir: (SHAPES, [], []))
@@ -5108,39 +5115,49 @@ def family(tmp_path):
     generator = torch.Generator().manual_seed(0)
     found = {}
 
-    def weights(run, name):
+    def weights(run, name, depth):
         logits = torch.randn(100, 10, generator=generator)
         logits[torch.arange(100), y] += 2
-        torch.save({"logits": logits}, tmp_path / run / name)
         found[run, name] = logits
-        return float((logits.argmax(dim=1) == y).sum())
+        torch.save({f"{depth}-1": logits}, tmp_path / run / name)
 
     def add(run, theta=None, eps_of_table2=(1,), args=(), **changes):
-        kept = {0: 100, 1: 60, 2: 25, 255: 0}
-        table2 = [{"eps": e, **counts(kept[e] // 2, kept[e], 3, 4)} for e in eps_of_table2]
+        own = {**SETTINGS, "data": "folder", "data_dir": "mine", "image_size": 8, **dict(args)}
+        kept = {0: 100, 0.5: 80, 1: 60, 2: 25, 255: 0}
+        table2 = [
+            {"eps": eps, **counts(kept[eps] // 2, kept[eps], 0, 100 - kept[eps])}
+            for eps in eps_of_table2
+        ]
         (tmp_path / run).mkdir()
         if theta is None:
-            before = weights(run, "pretrain.pt")
+            weights(run, "pretrain.pt", own["depth"])
         else:
-            shutil.copy(tmp_path / theta / "pretrain.pt", tmp_path / run)
             found[run, "pretrain.pt"] = found[theta, "pretrain.pt"]
-            before = float((found[theta, "pretrain.pt"].argmax(dim=1) == y).sum())
-        after = weights(run, "model.pt")
-        own = {"data": "folder", "data_dir": "mine", "image_size": 8, **dict(args)}
+        weights(run, "model.pt", own["depth"])
+        before, after = [
+            float((found[run, name].argmax(dim=1) == y).sum())
+            for name in ("pretrain.pt", "model.pt")
+        ]
         write_run(tmp_path, run, before, after, theta, own, table2=table2, **changes)
+        path = tmp_path / run / "result.json"
+        result = json.loads(path.read_text())
+        result["theta"] = vat_scar.fingerprint([found[run, "pretrain.pt"]])
+        path.write_text(json.dumps(result))
 
-    add("scar", eps_of_table2=(0, 1, 2, 255))
-    add("all", "scar", eps=0.0, eps_of_table2=(0, 1, 2, 255))
+    add("scar", eps_of_table2=(0, 0.5, 1, 2, 255))
+    add("all", "scar", eps=0.0, eps_of_table2=(0, 0.5, 1, 2, 255))
     add("control", "scar", select="none")
+    add("control2", "scar", select="none")
     add("longer", "scar", args={"epochs": 3}.items())
-    add("other", eps_of_table2=(1, 2))
+    add("other_lr", "scar", args={"lr": 0.01}.items())
+    add("other", eps_of_table2=(1, 2), args={"depth": 16}.items())
     add("val", args={"val": 50}.items())
     return SimpleNamespace(root=tmp_path, y=y, logits=found)
 
 
-def compare_family(compare, family, capsys):
+def compare_family(compare, family, capsys, *options):
     """compare.py over the family: its exit code, the cells of its two tables, what it printed."""
-    code = compare.main([str(family.root)])
+    code = compare.main([str(family.root), *options])
     printed = capsys.readouterr()
     tables = printed.out.split("\n\n")[:2]
     gains, shares = [
@@ -5161,7 +5178,7 @@ def expected_gain(family, after, before):
 
 def test_compare_finds_each_runs_gain_over_its_theta(compare, family, capsys):
     gains = {row[0]: row[1] for row in compare_family(compare, family, capsys).gains}
-    names = ["scar", "all", "control", "longer", "other"]
+    names = ["scar", "all", "control", "control2", "longer", "other_lr", "other"]
     expected = {
         name: expected_gain(family, (name, "model.pt"), (name, "pretrain.pt")) for name in names
     }
@@ -5175,7 +5192,8 @@ def test_compare_finds_the_gain_over_the_control_of_the_same_settings(compare, f
         name: expected_gain(family, (name, "model.pt"), ("control", "model.pt"))
         for name in ("scar", "all")
     }
-    assert gains == {**expected, "control": "", "longer": "", "other": ""}
+    others = dict.fromkeys(["control", "control2", "longer", "other_lr", "other"], "-")
+    assert gains == {**expected, **others}
     assert expected["scar"] != expected["all"]
 
 
@@ -5184,7 +5202,7 @@ def test_compare_chooses_as_many_by_confidence_as_fgsm_keeps(compare, family, ca
     rows = read_rows(family.root / "confidence.csv")
     expected, expected_cells = [], []
     for name, numbers in {
-        "scar": {"0": 100, "1": 60, "2": 25, "255": 0},
+        "scar": {"0": 100, "0.5": 80, "1": 60, "2": 25, "255": 0},
         "other": {"1": 60, "2": 25},
     }.items():
         logits = family.logits[name, "pretrain.pt"]
@@ -5217,11 +5235,13 @@ def test_compare_predicts_without_tf32_as_the_runs_do(compare, family, capsys, m
 def test_compare_says_so_where_no_run_was_scored_on_test_images(compare, family, capsys):
     for name in ("scar", "other"):  # then the theta~ of the others is missing, too
         shutil.rmtree(family.root / name)
-    assert compare.main([str(family.root)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    assert compare.main([str(family.root)]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == f"error: no run in {family.root} was scored on the test images\n"
+    lines = printed.out.splitlines()
     assert lines[-1] == "- left out: val; it was not scored on the test images"
     assert lines[0].startswith("- left out: all; no run here pretrained its theta~")
-    assert len(lines) == 4 and not (family.root / "confidence.csv").exists()
+    assert len(lines) == 6 and not (family.root / "confidence.csv").exists()
 
 
 def test_models_that_agree_have_no_z(compare):
@@ -5229,38 +5249,75 @@ def test_models_that_agree_have_no_z(compare):
     assert compare.gain(right, right) == "+0.00"
 
 
-def refusal_of_compare(compare, family):
+def refusal_of_compare(compare, family, *options):
     """The sentence with which compare.py ends; it leaves no file."""
     with pytest.raises(SystemExit) as stopped:
-        compare.main([str(family.root)])
+        compare.main([str(family.root), *options])
     assert not (family.root / "confidence.csv").exists()
     return stopped.value.code
 
 
-def test_compare_refuses_an_accuracy_that_is_not_the_runs(compare, family):
+def make_right(family, count):
+    """Makes `count` images right that the model of the run `scar` has wrong; returns its file."""
     path = family.root / "scar" / "model.pt"
-    logits = torch.load(path)["logits"]
-    wrong = (logits.argmax(dim=1) != family.y).nonzero()[0]
+    logits = family.logits["scar", "model.pt"]
+    wrong = (logits.argmax(dim=1) != family.y).nonzero()[:count, 0]
     logits[wrong, family.y[wrong]] += 100
-    torch.save({"logits": logits}, path)
-    found = (logits.argmax(dim=1) == family.y).sum()
+    torch.save({"10-1": logits}, path)
+    return path
+
+
+def test_compare_takes_two_images_for_rounding(compare, family):
+    make_right(family, 2)
+    assert compare.main([str(family.root)]) == 0
+
+
+def test_compare_refuses_an_accuracy_that_is_not_the_runs(compare, family):
+    path = make_right(family, 3)
+    right = int((family.logits["scar", "model.pt"].argmax(dim=1) == family.y).sum())
     assert refusal_of_compare(compare, family) == (
-        f"error: {path} classifies {found:.2f} % of the test images correctly, but its result.json "
-        f"says {found - 1:.2f}: the images in mine or the weights are others"
+        f"error: {path} classifies {right} test images correctly, in its run {right - 3}: the "
+        "weights or the images in mine are not those of the run"
     )
+
+
+def test_compare_refuses_other_images(compare, family):
+    sentence = refusal_of_compare(compare, family, "--data-dir", "shuffled")
+    assert sentence.endswith("the images in shuffled are not those of the run")
+
+
+def test_compare_refuses_another_number_of_images(compare, family):
+    sentence = "error: scar had 100 test images; fewer has 90"
+    assert refusal_of_compare(compare, family, "--data-dir", "fewer") == sentence
+
+
+def test_compare_reads_images_that_were_moved(compare, family, capsys):
+    here = compare_family(compare, family, capsys)
+    moved = compare_family(compare, family, capsys, "--data-dir", "moved")
+    assert "Reading the images of folder in moved" in moved.err
+    assert moved.out == here.out
+
+
+def test_compare_refuses_another_theta_of_the_same_accuracy(compare, family):
+    path = family.root / "scar" / "pretrain.pt"
+    torch.save({"10-1": family.logits["scar", "pretrain.pt"] + 1}, path)
+    sentence = f"error: {path} is not the theta~ of its run"
+    assert refusal_of_compare(compare, family) == sentence
 
 
 def test_compare_refuses_weights_of_another_network(compare, family):
     path = family.root / "scar" / "pretrain.pt"
-    torch.save({"logits": torch.zeros(3, 10)}, path)
+    torch.save({"10-1": torch.zeros(3, 10)}, path)
     sentence = f"error: {path} does not hold the weights of its run"
     assert refusal_of_compare(compare, family) == sentence
 
 
-def test_compare_names_missing_weights(compare, family):
-    (family.root / "control" / "model.pt").unlink()
-    sentence = f"error: cannot read {family.root}/control/model.pt: No such file or directory"
+@pytest.mark.parametrize("name", ["scar/pretrain.pt", "control/model.pt"])
+def test_compare_names_missing_weights_before_it_begins(compare, family, name, capsys):
+    (family.root / name).unlink()
+    sentence = f"error: {family.root}/{name} is missing; move its run elsewhere"
     assert refusal_of_compare(compare, family) == sentence
+    assert capsys.readouterr().out == ""
 
 
 def test_compare_names_missing_images(compare, family, monkeypatch):
@@ -5275,7 +5332,8 @@ def test_compare_names_a_damaged_result_and_compares_the_others(compare, family,
     assert compared.err.splitlines()[-1].startswith(
         f"error: {family.root}/all/result.json is damaged"
     )
-    assert {row[0] for row in compared.gains} == {"scar", "control", "longer", "other"}
+    names = {"scar", "control", "control2", "longer", "other_lr", "other"}
+    assert {row[0] for row in compared.gains} == names
 
 
 def test_compare_without_runs_prints_no_empty_tables(compare, tmp_path, capsys):
@@ -5287,15 +5345,62 @@ def test_compare_without_runs_prints_no_empty_tables(compare, tmp_path, capsys):
 
 
 def test_compare_runs_as_a_command(tmp_path):
-    """On a run as it stands, whose images it reads again."""
+    """On a run as it stands, whose weights and images it reads again, and whatever its name."""
     small = ["--data", "synthetic", *SIZE, *ON_CPU, "--num-labeled", "5000", "--select", "none"]
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/run \xff")
     with redirect_stdout(io.StringIO()):
-        mixmatch_scar.main([*small, "--epochs", "1", "--out", str(tmp_path / "run")])
+        result = mixmatch_scar.main([*small, "--lr", "0.01", "--out", out])
     command = [sys.executable, HERE / "results" / "compare.py", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "Reading the images of synthetic in data\n"
-    assert "| run | " in done.stdout and (tmp_path / "confidence.csv").exists()
+    assert done.stderr == b"Reading the images of synthetic in data\n"
+    points = result["final_accuracy"] - result["pretrain_accuracy"]
+    assert points != 0
+    assert rf"| run \udcff | {points:+.2f} (z = ".encode() in done.stdout
+    assert b"\nrun \xff,1," in (tmp_path / "confidence.csv").read_bytes()
+
+
+# --------------------------------------------------------------------------------------- the figure
+
+
+def drawn(axes):
+    """The curves that a plot on these axes shows: line style, color, x, y."""
+    curves = []
+    for call in axes.plot.call_args_list:
+        if "label" not in call.kwargs:  # the others are for the legend
+            x, y, style = call.args
+            curves.append((style, call.kwargs["color"], list(x), list(y)))
+    return curves
+
+
+def test_figure_shows_the_numbers_of_the_study(monkeypatch):
+    """Without matplotlib, whose functions are replaced."""
+    pyplot, left, right = MagicMock(), MagicMock(), MagicMock()
+    figure = MagicMock()
+    pyplot.subplots.return_value = figure, (left, right)
+    monkeypatch.setitem(sys.modules, "matplotlib", MagicMock(pyplot=pyplot))
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", pyplot)
+    plot = module_of_results("plot")
+    study = HERE / "results" / "h100"
+    plot.main(study, "figure.svg")
+    accuracy, share = [], []
+    for method, color in {"fixmatch": "C2", "mixmatch": "C1", "vat": "C0"}.items():
+        for kind, style in {"fgsm": "-", "none": "--"}.items():
+            folder = study / f"{method}__cifar10-jpeg__{kind}__seed0"
+            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            rows = read_rows(folder / "metrics.csv")
+            before = [float(row["accuracy"]) for row in rows if row["phase"] == "pretrain"]
+            after = [float(row["accuracy"]) for row in rows if row["phase"] == "finetune"]
+            after = [result["pretrain_accuracy"], *after]
+            accuracy.append(("-", color, list(range(1, len(before) + 1)), before))
+            accuracy.append((style, color, list(range(9, 19)), after))
+        own = [row for row in read_rows(study / "confidence.csv") if row["run"].startswith(method)]
+        for column, style in {"fgsm_correct": "-", "confidence_correct": "--"}.items():
+            percents = [100 * int(row[column]) / int(row["kept"]) for row in own]
+            share.append((style, color, [1, 2, 3, 4, 6], percents))
+    assert drawn(left) == accuracy
+    assert drawn(right) == share
+    figure.savefig.assert_called_once_with("figure.svg", metadata={"Date": None})
 
 
 # --------------------------------------------------------------------------- the README, run_all.sh

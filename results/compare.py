@@ -3,16 +3,19 @@
     python results/compare.py runs
 
 The first table says how many points each run gained over theta~ (the model after pretraining) and
-over the control that starts from the same theta~; z is the statistic of McNemar's test. The second
-says, for each theta~ (named by the run that pretrained it) and each eps of that run's Table 2, how
-many of the labels that FGSM keeps are right, and how many of equally many labels chosen by
-confidence; confidence.csv has the counts.
+over its control: the run with the same theta~ and settings that added nothing (the first, if there
+are several). z is McNemar's statistic (b - c) / sqrt(b + c): b images are right only with the run's
+model, c only with theta~ or the control. The second table says, for each theta~ (named by the run
+that pretrained it) and each eps of that run's Table 2, how many of the labels that FGSM keeps are
+right, and how many of equally many labels chosen by confidence.
 
-The runs need their weights (pretrain.pt and model.pt), and the images must be where they were.
+The runs need their weights (pretrain.pt, model.pt), and the images must be where they were when the
+runs began, or in --data-dir.
 """
 
 import argparse
 import functools
+import io
 import sys
 from pathlib import Path
 
@@ -22,7 +25,14 @@ from tables import rate, read_runs
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import WideResNet, image_names, load_images  # noqa: E402
-from fixmatch_scar import csv_text, load, predict, save, select_confident  # noqa: E402
+from fixmatch_scar import (  # noqa: E402
+    csv_text,
+    fingerprint,
+    load,
+    predict,
+    save,
+    select_confident,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -39,29 +49,36 @@ def read_test_images(data, data_dir, image_size):
 def logits_of(path, run, accuracy):
     """Logits [N, C] of the weights in path on the run's test images; and the true labels.
 
-    Raises ValueError if their accuracy is not the one that the run measured.
+    Raises ValueError if the images or the weights are not those of the run, as far as their number
+    and their accuracy tell.
     """
     args = run["args"]
     x, y, classes = read_test_images(args["data"], args["data_dir"], args["image_size"])
+    (_, kept), (_, rejected) = next(iter(run["table2"].values()))
+    if kept + rejected != len(y):
+        raise ValueError(
+            f"{run['folder']} had {kept + rejected} test images; {args['data_dir']} has {len(y)}"
+        )
     model = WideResNet(classes, args["depth"], args["width"])
     try:
         model.load_state_dict(load(path))
     except (RuntimeError, TypeError):
         raise ValueError(f"{path} does not hold the weights of its run") from None
     logits = predict(model.to(DEVICE, memory_format=torch.channels_last), x)
-    found = 100 * float((logits.argmax(dim=1) == y).double().mean())
-    if abs(found - accuracy) > 0.3:  # devices round differently: an image or two
+    right = int((logits.argmax(dim=1) == y).sum())
+    right_in_run = round(accuracy / 100 * len(y))
+    if abs(right - right_in_run) > 2:  # another device may round differently
         raise ValueError(
-            f"{path} classifies {found:.2f} % of the test images correctly, but its result.json "
-            f"says {accuracy:.2f}: the images in {args['data_dir']} or the weights are others"
+            f"{path} classifies {right} test images correctly, in its run {right_in_run}: the "
+            f"weights or the images in {args['data_dir']} are not those of the run"
         )
     return logits, y
 
 
 def gain(right, right_before):
-    """Difference in accuracy in points, and McNemar's z, of two models.
+    """Difference in accuracy in points, and McNemar's z; both are positive if `right` is better.
 
-    right, right_before: bool [N], which images each model classifies correctly.
+    right, right_before: bool [N], which images each of two models classifies correctly.
     """
     gained = int((right & ~right_before).sum())
     lost = int((right_before & ~right).sum())
@@ -80,13 +97,15 @@ def compare(out, runs):
     pretraining = next(run for run in runs if run["pretrains"])
     weights = out / pretraining["folder"] / "pretrain.pt"
     logits, y = logits_of(weights, pretraining, pretraining["before"])
+    if fingerprint(load(weights).values()) != pretraining["theta"]:
+        raise ValueError(f"{weights} is not the theta~ of its run")
     right_before = logits.argmax(dim=1) == y
     right_in_control = {}  # by the settings, in which a run and its control agree
     for run in sorted(runs, key=lambda run: run["kind"] != "none"):  # controls first
         final_logits, _ = logits_of(out / run["folder"] / "model.pt", run, run["after"])
         right = final_logits.argmax(dim=1) == y
         settings = run["title"], run["choice"]
-        over_control = ""
+        over_control = "-"
         if run["kind"] == "none":
             right_in_control.setdefault(settings, right)
         elif settings in right_in_control:
@@ -108,29 +127,39 @@ def compare(out, runs):
 
 
 def main(argv=None):
-    """Prints the tables and writes confidence.csv; returns 1 if a result is damaged."""
+    """Prints the tables, writes confidence.csv; returns 1 if a result is damaged or none fits."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, help="the folder that holds the run folders")
-    out = parser.parse_args(argv).runs
+    parser.add_argument("--data-dir", help="folder of the images, if they have been moved")
+    args = parser.parse_args(argv)
+    out = args.runs
     torch.backends.cudnn.allow_tf32 = False  # as in the runs
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of folders need not be UTF-8
     all_runs, left_out, errors = read_runs(out)
     groups = {}
     for run in all_runs:
-        if run["args"]["val"] == 0:
-            groups.setdefault(run["theta"], []).append(run)
-        else:
+        if run["args"]["val"] > 0:
             left_out += f"- left out: {run['folder']}; it was not scored on the test images\n"
+            continue
+        if args.data_dir is not None:
+            run["args"]["data_dir"] = args.data_dir
+        for name in ["pretrain.pt", "model.pt"] if run["pretrains"] else ["model.pt"]:
+            if not (out / run["folder"] / name).exists():
+                sys.exit(f"error: {out / run['folder'] / name} is missing; move its run elsewhere")
+        groups.setdefault(run["theta"], []).append(run)
+    if all_runs and not groups:
+        errors.append(f"no run in {out} was scored on the test images")
 
     if groups:
         print("| test accuracy, points | over pretraining | over control |")
         print("| --- | --- | --- |", flush=True)
-    rows = []
-    try:
-        for runs in groups.values():
-            rows += compare(out, runs)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    if groups:
+        rows = []
+        try:
+            for runs in groups.values():
+                rows += compare(out, runs)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
         print("\n| right among the kept (%) | eps | FGSM | confidence, as many images |")
         print("| --- | --- | --- | --- |")
         for row in rows:

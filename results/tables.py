@@ -207,8 +207,8 @@ def method_rows(runs, pretrained, label):
         alone = [run["folder"] for run in those if run["theta"] not in control]
         if kind != "none" and alone:
             notes.append(
-                f"- {what}: left out of the gain over control, because no control starts from the "
-                f"same theta~: {', '.join(alone)}"
+                f"- {what}: left out of the gain over control, because no control with these "
+                f"settings starts from the same theta~: {', '.join(alone)}"
             )
         if len(those) < len(same):
             notes.append(f"- {what}: {len(same)} runs; only the first of each seed counts")
