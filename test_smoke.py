@@ -4466,10 +4466,9 @@ def test_images_that_are_there_are_read_without_writing(tmp_path, monkeypatch):
 
 
 def module_of_results(name):
-    """A script in results/ as a module; the scripts there import each other by name."""
+    """A script in results/ as a module."""
     spec = importlib.util.spec_from_file_location(name, HERE / "results" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -5081,20 +5080,21 @@ class Recalled(nn.Module):
 
     def __init__(self, classes, depth, width):
         super().__init__()
-        self.register_parameter(f"{depth}-{width}", nn.Parameter(torch.empty(100, classes)))
+        self.register_parameter(f"{depth}-{width}", nn.Parameter(torch.empty(200, classes)))
 
     def forward(self, x):
-        assert x.shape == (100, 3, 8, 8)
+        assert x.shape == (200, 3, 8, 8)
         (logits,) = self.parameters()
         return logits
 
 
 @pytest.fixture
-def compare(tables, monkeypatch):
-    """results/compare.py with 100 test images and networks of type Recalled."""
+def compare(monkeypatch):
+    """results/compare.py with 200 test images and networks of type Recalled."""
+    monkeypatch.syspath_prepend(HERE / "results")  # as for a command: it imports tables
     module = module_of_results("compare")
-    x = torch.zeros(100, 3, 8, 8, dtype=torch.uint8)
-    y = torch.arange(100) % 10
+    x = torch.zeros(200, 3, 8, 8, dtype=torch.uint8)
+    y = torch.arange(200) % 10
     files = {
         ("folder", "mine", 8): (x[:7], y[:7], x, y),
         ("folder", "moved", 8): (x[:7], y[:7], x, y),
@@ -5111,31 +5111,32 @@ def compare(tables, monkeypatch):
 @pytest.fixture
 def family(tmp_path):
     """Runs in a folder, and in `.logits` those of their weights files, by run and file."""
-    y = torch.arange(100) % 10
+    y = torch.arange(200) % 10
     generator = torch.Generator().manual_seed(0)
     found = {}
 
-    def weights(run, name, depth):
-        logits = torch.randn(100, 10, generator=generator)
-        logits[torch.arange(100), y] += 2
+    def weights(run, name, size):
+        logits = torch.randn(200, 10, generator=generator)
+        logits[torch.arange(200), y] += 2
         found[run, name] = logits
-        torch.save({f"{depth}-1": logits}, tmp_path / run / name)
+        torch.save({size: logits}, tmp_path / run / name)
 
-    def add(run, theta=None, eps_of_table2=(1,), args=(), **changes):
-        own = {**SETTINGS, "data": "folder", "data_dir": "mine", "image_size": 8, **dict(args)}
-        kept = {0: 100, 0.5: 80, 1: 60, 2: 25, 255: 0}
+    def add(run, theta=None, eps_of_table2=(1,), args=None, **changes):
+        own = {**SETTINGS, "data": "folder", "data_dir": "mine", "image_size": 8, **(args or {})}
+        size = f"{own['depth']}-{own['width']}"
+        kept = {0: 200, 0.5: 80, 1: 60, 2: 25, 255: 0}
         table2 = [
-            {"eps": eps, **counts(kept[eps] // 2, kept[eps], 0, 100 - kept[eps])}
+            {"eps": eps, **counts(kept[eps] // 2, kept[eps], 0, 200 - kept[eps])}
             for eps in eps_of_table2
         ]
         (tmp_path / run).mkdir()
         if theta is None:
-            weights(run, "pretrain.pt", own["depth"])
+            weights(run, "pretrain.pt", size)
         else:
             found[run, "pretrain.pt"] = found[theta, "pretrain.pt"]
-        weights(run, "model.pt", own["depth"])
+        weights(run, "model.pt", size)
         before, after = [
-            float((found[run, name].argmax(dim=1) == y).sum())
+            100 * float((found[run, name].argmax(dim=1) == y).double().mean())
             for name in ("pretrain.pt", "model.pt")
         ]
         write_run(tmp_path, run, before, after, theta, own, table2=table2, **changes)
@@ -5148,10 +5149,10 @@ def family(tmp_path):
     add("all", "scar", eps=0.0, eps_of_table2=(0, 0.5, 1, 2, 255))
     add("control", "scar", select="none")
     add("control2", "scar", select="none")
-    add("longer", "scar", args={"epochs": 3}.items())
-    add("other_lr", "scar", args={"lr": 0.01}.items())
-    add("other", eps_of_table2=(1, 2), args={"depth": 16}.items())
-    add("val", args={"val": 50}.items())
+    add("longer", "scar", args={"epochs": 3})
+    add("other_lr", "scar", args={"lr": 0.01})
+    add("other", eps_of_table2=(1, 2), args={"depth": 16, "width": 3})
+    add("val", args={"val": 50})
     return SimpleNamespace(root=tmp_path, y=y, logits=found)
 
 
@@ -5173,7 +5174,7 @@ def expected_gain(family, after, before):
     for a, b, label in zip(family.logits[after], family.logits[before], family.y, strict=True):
         gained += bool(a.argmax() == label and b.argmax() != label)
         lost += bool(a.argmax() != label and b.argmax() == label)
-    return f"{gained - lost:+.2f} (z = {(gained - lost) / math.sqrt(gained + lost):.1f})"
+    return f"{(gained - lost) / 2:+.2f} (z = {(gained - lost) / math.sqrt(gained + lost):.1f})"
 
 
 def test_compare_finds_each_runs_gain_over_its_theta(compare, family, capsys):
@@ -5202,7 +5203,7 @@ def test_compare_chooses_as_many_by_confidence_as_fgsm_keeps(compare, family, ca
     rows = read_rows(family.root / "confidence.csv")
     expected, expected_cells = [], []
     for name, numbers in {
-        "scar": {"0": 100, "0.5": 80, "1": 60, "2": 25, "255": 0},
+        "scar": {"0": 200, "0.5": 80, "1": 60, "2": 25, "255": 0},
         "other": {"1": 60, "2": 25},
     }.items():
         logits = family.logits[name, "pretrain.pt"]
@@ -5287,7 +5288,7 @@ def test_compare_refuses_other_images(compare, family):
 
 
 def test_compare_refuses_another_number_of_images(compare, family):
-    sentence = "error: scar had 100 test images; fewer has 90"
+    sentence = "error: scar had 200 test images; fewer has 90"
     assert refusal_of_compare(compare, family, "--data-dir", "fewer") == sentence
 
 
@@ -5355,8 +5356,7 @@ def test_compare_runs_as_a_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == b"Reading the images of synthetic in data\n"
     points = result["final_accuracy"] - result["pretrain_accuracy"]
-    assert points != 0
-    assert rf"| run \udcff | {points:+.2f} (z = ".encode() in done.stdout
+    assert rf"| run \udcff | {points:+.2f} ".encode() in done.stdout
     assert b"\nrun \xff,1," in (tmp_path / "confidence.csv").read_bytes()
 
 
