@@ -210,27 +210,18 @@ def test_synthetic_images_are_the_same_every_time_and_resized_as_pillow_does(ima
             assert np.abs(difference).max() <= 2
 
 
-def test_split_takes_every_image_once(images):
-    labeled, unlabeled = split_labeled(images[1], 43, 0)
-    assert labeled.dtype == unlabeled.dtype == torch.int64
-    assert labeled.tolist() == sorted(labeled.tolist())
-    assert unlabeled.tolist() == sorted(set(range(6000)) - set(labeled.tolist()))
-
-
-def test_split_gives_classes_as_equal_numbers_as_it_can(images):
+def test_split_takes_equal_numbers_of_each_class_by_seed_and_every_image_once(images):
     """43 labels for ten classes: 4 each, and one more for three that are drawn."""
-    counts = []
-    for seed in range(5):
-        labeled, _ = split_labeled(images[1], 43, seed)
-        counts.append(torch.bincount(images[1][labeled], minlength=10).tolist())
-        assert sorted(counts[-1]) == [4] * 7 + [5] * 3
-    assert len(set(map(str, counts))) > 1
-
-
-def test_split_follows_from_the_seed(images):
-    splits = [split_labeled(images[1], 45, seed)[0].tolist() for seed in (0, 0, 1)]
-    assert splits[0] == splits[1]
-    assert len(set(splits[0]) & set(splits[2])) < 10
+    y, counts, seen = images[1], set(), []
+    for seed in (0, 0, 1, 2, 3):
+        labeled, unlabeled = split_labeled(y, 43, seed)
+        assert labeled.dtype == unlabeled.dtype == torch.int64
+        assert labeled.tolist() == sorted(labeled.tolist())
+        assert unlabeled.tolist() == sorted(set(range(6000)) - set(labeled.tolist()))
+        counts.add(str(torch.bincount(y[labeled], minlength=10).tolist()))
+        assert sorted(torch.bincount(y[labeled], minlength=10).tolist()) == 7 * [4] + 3 * [5]
+        seen.append(set(labeled.tolist()))
+    assert seen[0] == seen[1] and len(seen[0] & seen[2]) < 10 and len(counts) > 1
 
 
 def test_split_leaves_images_without_a_label_unlabeled():
@@ -273,7 +264,7 @@ def attacked():
     return SimpleNamespace(model=model, before=before, x=x, y=y, result=result)
 
 
-def test_fgsm_is_its_formula(attacked):
+def test_fgsm_matches_its_formula(attacked):
     """x + eps * sign(gradient of cross-entropy), clipped to [0, 1], image by image."""
     model, expected = attacked.before.eval(), []
     for image, label in zip(attacked.x.split(1), attacked.y.split(1)):
@@ -376,9 +367,10 @@ def test_weak_augment_draws_from_all_flips_and_translations(h, w, flip):
     crops = crops.permute(1, 2, 0, 3, 4).flatten(0, 1)
     torch.manual_seed(0)
     views = image_bytes(fixmatch_scar.weak_augment(image.byte().expand(4000, 3, h, w), flip))
-    expected = image_bytes(crops) + flip * image_bytes(crops.flip(3))
-    assert set(views) == set(expected)
-    mirrored = set(expected[len(crops) :])
+    expected, mirrored = set(image_bytes(crops)), set()
+    if flip:
+        mirrored = set(image_bytes(crops.flip(3)))
+    assert set(views) == expected | mirrored
     assert np.mean([view in mirrored for view in views]) == pytest.approx(flip / 2, abs=0.05)
 
 
@@ -424,7 +416,7 @@ Y = torch.tensor([3, 1, 4, 1])  # labels
 
 def plain_net(scale):
     """Seven classes, without batch norm, so that images stay apart; the larger scale, the more
-    confident."""
+    confident. It seeds torch's generator, for what the test draws next, too."""
     torch.manual_seed(1)
     conv, linear = nn.Conv2d(3, 8, 3, stride=2), nn.Linear(8 * 15 * 15, 7)
     linear.weight.data *= scale
@@ -649,25 +641,6 @@ def test_losses_of_bf16_logits_are_computed_in_float32(script):
     close(*losses)
 
 
-@each_script
-def test_bf16_gives_every_parameter_nearly_the_gradient_of_fp32(script, images):
-    """A forward under no_grad comes first in MixMatch: autocast must not reuse its casts."""
-    gradients = []
-    x, y = images[0], images[1]
-    for precision in ("fp32", "bf16"):
-        args = script.parse_args(["--precision", precision])
-        torch.manual_seed(0)
-        model = WideResNet(10, 10, 1)
-        loss, _ = script.batch_loss(model, x[:16], y[:16], x[16:32], 1.0, args)
-        loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters()})
-    fp32, bf16 = gradients
-    for name in fp32:
-        similarity = F.cosine_similarity(fp32[name].flatten(), bf16[name].flatten(), dim=0)
-        assert similarity > 0.9, name
-    assert not torch.equal(fp32["conv.weight"], bf16["conv.weight"])
-
-
 # --------------------------------------------------------------------------------- SCAR's selection
 
 
@@ -736,7 +709,7 @@ def test_the_model_gets_as_many_pixels_at_once_as_64_or_128_small_images_have(si
     assert model.at_once[0] == max(1, 128 * 32 * 32 // side**2)
 
 
-def test_select_confident_takes_the_surest():
+def test_select_confident_takes_the_most_confident():
     """In float32 the second and the third both have a confidence of 1."""
     logits = torch.tensor([[9.0, 0.0, 0.0], [18.0, 0.0, 0.0], [20.0, 0.0, 0.0], [0.0, 0.1, 0.0]])
     assert vat_scar.select_confident(logits, 1).tolist() == [False, False, True, False]
@@ -771,7 +744,7 @@ def test_evaluate_is_accuracy_in_percent(gray_images):
 
 
 @each_script
-def test_make_optimizer_is_the_methods_by_hand(script):
+def test_make_optimizer_matches_its_formula(script):
     """200 steps with gradients that get smaller; weights decay, biases do not."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
@@ -885,18 +858,16 @@ def words(settings):
 
 
 @each_script
-def test_defaults(script):
-    assert vars(script.parse_args(["--device", "cpu"])) == defaults_of(script)
-
-
-@pytest.mark.parametrize("data", ["cifar100", "svhn", "stl10", "folder", "synthetic"])
-@each_script
-def test_takes_each_data_set_and_changes_no_other_default(script, data):
+def test_defaults_are_the_designs_whatever_the_data(script):
     """But for svhn's digits, which are not flipped unless that is asked for."""
-    argv = ["--device", "cpu", "--data", data, "--out", "mine"]
-    expected = {**defaults_of(script), "data": data, "out": "mine"}
-    assert vars(script.parse_args(argv)) == {**expected, "flip": data != "svhn"}
-    assert vars(script.parse_args([*argv, "--flip"])) == expected
+    expected = defaults_of(script)
+    assert vars(script.parse_args(["--device", "cpu"])) == expected
+    expected["out"] = "mine"
+    for data in ("cifar100", "svhn", "stl10", "folder", "synthetic"):
+        argv = ["--device", "cpu", "--out", "mine", "--data", data]
+        expected.update(data=data, flip=data != "svhn")
+        assert vars(script.parse_args(argv)) == expected
+        assert vars(script.parse_args([*argv, "--flip"])) == {**expected, "flip": True}
 
 
 @pytest.mark.parametrize(
@@ -954,7 +925,8 @@ def plain_loss(script, model, x_l, y_l, x_u, lambda_u, o):
     def weak(x):
         return to_float(script.weak_augment(x, flip=o.flip))
 
-    bf16 = partial(torch.autocast, "cpu", torch.bfloat16, enabled=o.precision == "bf16")
+    device = x_l.device.type
+    bf16 = partial(torch.autocast, device, torch.bfloat16, enabled=o.precision == "bf16")
     if script is vat_scar:
         x_l, x_u = weak(x_l), weak(x_u)
         search = o.xi, o.vat_eps, o.power_iterations
@@ -1149,13 +1121,13 @@ EVERY = {  # what the methods have in common
     "width": 2, "epochs": 3, "steps_per_epoch": 2, "batch_size": 6, "lr": 0.004,
     "weight_decay": 0.3, "ema_decay": 0.15, "lambda_u": 0.6, "eps": 2.5, "table2_eps": [3.0, 0.5],
 }
-SETS = {
+SETS = {  # decays of the average below its warm-up's, where theta~ shall have learned
     "defaults": {},
     "its own options": {},
     "every option": EVERY,
     "other lengths": {"epochs": 4, "steps_per_epoch": 1, "lambda_u": 2.0, "ema_decay": 0.5},
     "the control": {"select": "none", "seed": 1},
-    "the surest": {"select": "confidence", "seed": 5, "ema_decay": 0.3},
+    "the most confident": {"select": "confidence", "seed": 5, "ema_decay": 0.3},
     "every pseudo-label": {"eps": 0.0, "seed": 6},
     "bf16": {"precision": "bf16", "ema_decay": 0.2},
     "all labels": {"num_labeled": None, "ema_decay": 0.2},
@@ -1181,36 +1153,46 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
-def check_run(expected, out, compare=same):
+ROUGHLY = {"rtol": 1e-3, "atol": 1e-4}
+
+
+def check_run(expected, out, exactly=True):
     """The files in the folder `out` are those of the plain program.
 
-    Labels first, then rows, then weights: what differs first says where to look.
+    Labels first, then rows, then weights: what differs first says where to look. exactly: False
+    where other operations compute the same.
     """
+    near = partial(pytest.approx, rel=2e-5 if exactly else 2e-3, abs=3e-6 if exactly else 1e-3)
     rows = read_rows(out / "selection.csv")
     for name, values in expected.selection.items():
         written = [row[name] for row in rows]
         if name.endswith("confidence"):
-            assert [float(text) for text in written] == pytest.approx(values, abs=3e-6), name
+            assert [float(text) for text in written] == near(values), name
         else:
             assert written == values, name
     for row, plain in zip(read_rows(out / "metrics.csv"), expected.rows, strict=True):
         assert row.keys() - plain.keys() == {"ms_per_step", "seconds"}
         for name, value in plain.items():
             if isinstance(value, float):
-                value, row[name] = pytest.approx(value, rel=2e-5, abs=1e-9), float(row[name])
+                value, row[name] = near(value), float(row[name])
             assert row[name] == value, (row["phase"], row["epoch"], name)
     result = json.loads((out / "result.json").read_text(), parse_constant=pytest.fail)  # no NaN
     for name, value in expected.result.items():
         assert result[name] == value, name
-    args = json.loads((out / "args.json").read_text())
-    assert {**args, **result["args"], "classes": expected.classes} == args
+    settings = json.loads((out / "args.json").read_text())
+    for name, value in {**expected.result["args"], "classes": expected.classes}.items():
+        assert settings[name] == value, name
+    assert result["images"] == settings["images"]
     for name, weights in expected.weights.items():
-        compare(torch.load(out / name), weights, msg=lambda text, name=name: f"{name}: {text}")
+        written = torch.load(out / name)
+        for part, tensor in weights.items():
+            close(written.pop(part), tensor, **({"rtol": 0, "atol": 0} if exactly else ROUGHLY))
+        assert written == {}, name
 
 
 @pytest.mark.parametrize("name", SETS)
 @each_script
-def test_a_run_is_the_plain_programs(script, name, tiny, tmp_path):
+def test_a_run_matches_the_plain_program(script, name, tiny, tmp_path):
     own = OWN[script.METHOD] if name != "defaults" else {}
     settings = {**tiny, **own, **SETS[name]}
     result = run(script, settings)
@@ -1246,8 +1228,8 @@ def result_of(settings):
 
 
 @each_script
-def test_a_run_from_pretrained_is_the_plain_programs(script, finished, tmp_path):
-    """With other settings than the pretraining's. Its theta~ has the same hash, another's not."""
+def test_a_run_from_pretrained_matches_the_plain_program(script, finished, tmp_path):
+    """With other settings than the pretraining's. A theta~ is known by its hash."""
     more = {"epochs": 1, "lr": 0.003, "batch_size": 6, "select": "confidence"}
     settings = {**finished(script), **more, "pretrained": theta_of(finished(script))}
     settings["out"] = str(tmp_path / "run")
@@ -1275,7 +1257,7 @@ def test_compiling_compiles_the_loss_and_changes_nothing(script, tiny, tmp_path,
     run(script, settings)
     assert len(calls) == 12  # steps
     expected = plain_run(script, settings)
-    check_run(expected, tmp_path / "run", partial(close, rtol=1e-3, atol=1e-4))
+    check_run(expected, tmp_path / "run", exactly=False)
 
 
 @pytest.fixture
@@ -1332,18 +1314,26 @@ def after_each_step(function):
 
 
 def test_times_are_those_of_steps_and_epochs(tiny, tmp_path, monkeypatch):
-    """Step t takes t * t seconds, all else none; there are four epochs of three steps."""
-    seconds = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: sum(seconds))
-    with after_each_step(lambda: seconds.append(len(seconds) ** 2)):
-        result = run(vat_scar, tiny)
+    """Of the 12 steps the t-th takes t * t seconds, a measurement of accuracy half a second."""
+    clock, step = [0.0], itertools.count(1)
+    monkeypatch.setattr(time, "perf_counter", lambda: sum(clock))
+
+    def after_forward(module, *_):
+        if isinstance(module, WideResNet) and not module.training:
+            clock.append(0.5)
+
+    handle = nn.modules.module.register_module_forward_hook(after_forward)
+    with after_each_step(lambda: clock.append(next(step) ** 2)):
+        result = run(fixmatch_scar, {**tiny, "mu": 2})
+    handle.remove()
     rows = read_rows(tmp_path / "run" / "metrics.csv")
-    assert [float(row["seconds"]) for row in rows] == [1 + 4 + 9, 16 + 25 + 36, 194, 365]
-    times = [1000 * epoch / 3 for epoch in (14, 77, 194, 365)]
-    assert [float(row["ms_per_step"]) for row in rows] == pytest.approx(times)
-    assert result["ms_per_step"] == pytest.approx((times[1] + times[2]) / 2)  # their median
-    assert result["images_per_second"] == pytest.approx(1000 * 8 / result["ms_per_step"])
-    assert result["seconds"] == 650
+    steps = [1 + 4 + 9, 16 + 25 + 36, 49 + 64 + 81, 100 + 121 + 144]
+    ms_per_step = [1000 * seconds / 3 for seconds in steps]
+    assert [float(row["ms_per_step"]) for row in rows] == pytest.approx(ms_per_step)
+    assert [float(row["seconds"]) for row in rows] == [seconds + 0.5 for seconds in steps]
+    assert result["seconds"] == sum(steps) + 2
+    assert result["ms_per_step"] == pytest.approx(np.median(ms_per_step))
+    assert result["images_per_second"] == pytest.approx(1000 * 12 / result["ms_per_step"])
 
 
 def test_a_run_says_what_it_ran_on_and_keeps_its_script(finished):
@@ -1406,7 +1396,7 @@ def check_same_run(before, settings):
 def test_a_run_killed_as_it_writes_a_file_ends_as_if_it_had_not_been(
     number, finished, tmp_path, monkeypatch
 ):
-    """Before the file is moved into place. The 15th is result.json, which says that all is done."""
+    """Before the file is moved into place. The 15th is result.json, and the last."""
     settings, replace, kill = {**finished(vat_scar)}, os.replace, killer(number)
     settings["out"] = str(tmp_path / "run")
 
@@ -1418,20 +1408,25 @@ def test_a_run_killed_as_it_writes_a_file_ends_as_if_it_had_not_been(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(os, "replace", kill_or_replace)
         run(vat_scar, settings)
-    whole = {path.name for path in Path(finished(vat_scar)["out"]).iterdir()}
-    left = {path.name for path in (tmp_path / "run").glob("[!.]*")}
-    assert (whole - left == {"result.json"}) == (number == 15) and "result.json" not in left
+    if number == 15:
+        left = {path.name for path in (tmp_path / "run").glob("[!.]*")}
+        assert left == {path.name for path in Path(finished(vat_scar)["out"]).iterdir()} - {
+            "result.json"
+        }
     run(vat_scar, settings)
     check_same_run(finished(vat_scar), settings)
 
 
 @pytest.mark.parametrize(
-    "script, step",
-    [(vat_scar, 2), (vat_scar, 8), (mixmatch_scar, 5), (mixmatch_scar, 8), (fixmatch_scar, 11)],
-    ids=lambda value: getattr(value, "METHOD", value),
+    "script, step, steps_left",
+    [(vat_scar, 8, 6), (mixmatch_scar, 5, 9), (fixmatch_scar, 11, 3)],
+    ids=["vat", "mixmatch", "fixmatch"],
 )
-def test_a_run_killed_in_a_step_ends_as_if_it_had_not_been(script, step, finished, tmp_path):
-    """VAT's is a control, from a theta~ that another run pretrained."""
+def test_a_run_killed_in_a_step_ends_as_if_it_had_not_been(
+    script, step, steps_left, finished, tmp_path
+):
+    """It goes on after the last whole epoch of three steps. VAT's is a control, from the theta~ of
+    another run."""
     whole, steps = finished(script), []
     if script is vat_scar:
         control = {"select": "none", "pretrained": theta_of(whole), "epochs": 4}
@@ -1443,7 +1438,7 @@ def test_a_run_killed_in_a_step_ends_as_if_it_had_not_been(script, step, finishe
     with after_each_step(lambda: steps.append(1)):
         run(script, settings)
     check_same_run(whole, settings)
-    assert len(steps) == 12 - (step - 1) // 3 * 3  # it goes on after the last whole epoch
+    assert len(steps) == steps_left
 
 
 def contents(folder):
@@ -1525,14 +1520,14 @@ BAD_OPTIONS = {  # the sentence names the first option, or has these words
 def bad_options():
     """Those, and numbers that are negative or not finite; for each script, with the words."""
     for script in SCRIPTS:
-        numbers = {**DEFAULTS, **OWN_DEFAULTS[script.METHOD], "num_labeled": 4000}
-        for name, default in numbers.items():
+        for bad in BAD_OPTIONS[script]:
+            options, sentence = bad if isinstance(bad, tuple) else (bad, bad.split()[0])
+            yield script, options, sentence
+        for name, default in {**DEFAULTS, **OWN_DEFAULTS[script.METHOD]}.items():
+            option = "--" + name.replace("_", "-")
             if type(default) in (int, float) and (name != "mu" or script is fixmatch_scar):
-                option = "--" + name.replace("_", "-")
                 yield script, f"{option} -1", option
                 yield script, f"{option} inf", option
-        for bad in BAD_OPTIONS[script]:
-            yield script, *(bad if isinstance(bad, tuple) else (bad, bad.split()[0]))
 
 
 @pytest.mark.parametrize("script, options, sentence", list(bad_options()), ids=str)
@@ -1540,10 +1535,14 @@ def test_bad_options_are_refused_before_anything_is_written(
     script, options, sentence, tiny, tmp_path, monkeypatch, capsys
 ):
     """Or, where only training shows it, before the first checkpoint is."""
+    find = importlib.util.find_spec
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no tensorboard
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name)
+    )
     assert sentence in refusal(capsys, script, [*words(tiny), *options.split()])
-    assert not list(tmp_path.glob("run/checkpoint.pt" if "--lr" in options else "run"))
+    written = "checkpoint.pt" if options == "--lr 1e30" else "*"
+    assert not list(tmp_path.glob(f"run/{written}"))
 
 
 @pytest.mark.parametrize("script, options", [
@@ -1555,53 +1554,36 @@ def test_the_ends_of_a_range_are_accepted(script, options):
     script.parse_args(options.split())
 
 
-# fmt: off
-OTHER = {  # another value of each setting that a run's folder must agree in
-    "data": "synthetic", "image_size": 18, "flip": False, "num_labeled": 25, "val": 20, "seed": 4,
-    "depth": 16, "width": 2, "epochs": 3, "steps_per_epoch": 4, "batch_size": 6, "lr": 0.5,
-    "weight_decay": 0.4, "ema_decay": 0.9, "lambda_u": 0.2, "eps": 7.0, "select": "none",
-    "table2_eps": [2.0], "precision": "bf16",
-}
-OWN_OTHER = {
-    "vat": {"xi": 0.5, "vat_eps": 2.0, "power_iterations": 3, "entropy_weight": 0.2},
-    "mixmatch": {"temperature": 0.7, "alpha": 0.7},
-    "fixmatch": {"mu": 3, "threshold": 0.2},
-}
-# fmt: on
+def other_settings(script):
+    """Another value than a finished run's for each option that its folder must agree in."""
+    own = {name: OWN_DEFAULTS[script.METHOD][name] for name in OWN[script.METHOD]}
+    others = {"data": "synthetic", "select": "none", "precision": "bf16"}
+    return {**own, **EVERY, **others}
 
 
 @each_script
-def test_no_setting_is_forgotten(script):
-    """Each option either stands above or may differ on resume."""
-    may_differ = {"device", "out", "data_dir", "compile", "tensorboard", "pretrained", "mu"}
-    listed = may_differ | OTHER.keys() | OWN_OTHER[script.METHOD].keys()
-    assert vars(script.parse_args([])).keys() == listed
-
-
-ALL_OTHER = [(vat_scar, name) for name in OTHER]
-ALL_OTHER += [(script, name) for script in SCRIPTS for name in OWN_OTHER[script.METHOD]]
-
-
-@pytest.mark.parametrize("script, name", ALL_OTHER, ids=[name for _, name in ALL_OTHER])
-def test_another_runs_folder_is_refused_by_the_settings_name(script, name, finished, capsys):
+def test_another_runs_folder_is_refused_by_each_setting_that_differs(script, finished, capsys):
+    """Options for speed, and where its files are, are not among them."""
     settings = finished(script)
     before = contents(settings["out"])
-    other = {name: {**OTHER, **OWN_OTHER[script.METHOD]}[name]}
-    assert f"({name} was " in refusal(capsys, script, {**settings, **other})
+    other = {**settings, **other_settings(script), "compile": True}
+    differences = re.findall(r"(\w+) was ", refusal(capsys, script, other))
+    may_differ = {"device", "out", "data_dir", "compile", "tensorboard", "pretrained"}
+    assert set(differences) - {"classes", "images", "mu"} == other_settings(script).keys() - {"mu"}
+    assert vars(script.parse_args([])).keys() - may_differ - {"mu"} <= set(differences)
+    assert ("mu" in differences) == (script is fixmatch_scar)
     assert contents(settings["out"]) == before
 
 
-@pytest.mark.parametrize(
-    "name", "data image_size flip num_labeled val seed depth width method".split()
-)
-def test_a_theta_of_another_run_is_refused_by_the_settings_name(name, finished, tmp_path, capsys):
-    """Its network, its images or their split were others. (What else may differ is above.)"""
-    script, settings = vat_scar, finished(vat_scar)
-    if name == "method":
-        script, settings = mixmatch_scar, {**TINY, "data_dir": settings["data_dir"]}
-    other = {name: OTHER[name]} if name in OTHER else {}
-    other |= {"pretrained": theta_of(finished(vat_scar)), "out": str(tmp_path / "run")}
-    assert f"({name} was " in refusal(capsys, script, {**settings, **other})
+def test_another_runs_theta_is_refused_by_each_setting_that_differs(finished, tmp_path, capsys):
+    """Its network, its images or their split were others. What else differs is not among them."""
+    settings = {**finished(vat_scar), **other_settings(vat_scar), "out": str(tmp_path / "run")}
+    settings["pretrained"] = theta_of(finished(vat_scar))
+    differences = re.findall(r"(\w+) was ", refusal(capsys, vat_scar, settings))
+    expected = "data images classes image_size flip num_labeled val seed depth width"
+    assert sorted(differences) == sorted(expected.split())
+    mixmatch = {name: settings[name] for name in settings if name not in OWN["vat"]}
+    assert "(method was vat, now mixmatch" in refusal(capsys, mixmatch_scar, mixmatch)
     assert not any(tmp_path.iterdir())
 
 
@@ -1688,11 +1670,11 @@ def test_a_damaged_file_is_named_and_left_alone(name, fault, unfinished, tmp_pat
     assert path.read_bytes() == damaged[fault]
 
 
-@pytest.mark.parametrize("name, content", [("model", {}), ("labels", torch.ones(7)), ("rows", 0)])
-def test_a_checkpoint_that_does_not_fit_is_refused(name, content, unfinished, capsys):
+@pytest.mark.parametrize("part, content", [("model", {}), ("labels", torch.ones(7)), ("rows", 0)])
+def test_a_checkpoint_that_does_not_fit_is_refused(part, content, unfinished, capsys):
     settings = unfinished(vat_scar)
     path = Path(settings["out"], "checkpoint.pt")
-    torch.save({**torch.load(path), name: content}, path)
+    torch.save({**torch.load(path), part: content}, path)
     assert "checkpoint.pt does not fit" in refusal(capsys, vat_scar, settings)
 
 
@@ -1739,10 +1721,7 @@ def plain_network():
     return names["WideResNet"]
 
 
-nearly = partial(close, rtol=1e-3, atol=1e-5)
-
-
-def test_a_run_of_two_processes_is_the_plain_programs(tiny, tmp_path):
+def test_a_run_of_two_processes_matches_the_plain_program(tiny, tmp_path):
     """Each has its share of every batch and draws its own augmentation; gradients and metrics are
     averaged; labels, accuracies and files are those of process 0."""
     settings = {**tiny, **OWN["fixmatch"], "eps": 20.0, "threshold": 0.8}
@@ -1750,7 +1729,7 @@ def test_a_run_of_two_processes_is_the_plain_programs(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Table 1") == 1
     expected = plain_run(fixmatch_scar, settings, plain_network(), processes=2)
-    check_run(expected, tmp_path / "run", nearly)
+    check_run(expected, tmp_path / "run", exactly=False)
     assert 10 < expected.result["selection"]["added"] < 120
 
 
@@ -1762,33 +1741,40 @@ def test_two_processes_end_with_the_weights_of_one(tiny, tmp_path):
         Image.open(path).resize((1, 1)).resize((24, 24)).save(path)
     settings = {**tiny, "data_dir": str(tmp_path / "pictures"), "alpha": 0.0, "lambda_u": 500.0}
     one, two = (plain_run(mixmatch_scar, settings, plain_network(), n) for n in (1, 2))
-    nearly(one.weights, two.weights)
+    close(one.weights, two.weights, **ROUGHLY)
 
 
 @pytest.fixture
 def as_process(monkeypatch):
-    """Makes VAT's script one of two processes, which exchanges nothing."""
-    monkeypatch.setattr(vat_scar, "WORLD_SIZE", 2)
+    """A function that makes VAT's script one of two processes, which exchanges nothing."""
     for name in ("init_process_group", "all_reduce", "broadcast"):
         monkeypatch.setattr(torch.distributed, name, lambda *_: None)
-    return partial(monkeypatch.setattr, vat_scar, "RANK")
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # as it is, after the test
+
+    def start(rank):
+        monkeypatch.setattr(vat_scar, "WORLD_SIZE", 2)
+        monkeypatch.setattr(vat_scar, "RANK", rank)
+
+    return start
 
 
 def test_process_1_writes_and_prints_nothing(tiny, as_process, tmp_path, board, capsys):
     as_process(1)
     run(vat_scar, {**tiny, "tensorboard": True})
-    assert not any((tmp_path / "run").iterdir()) and board == []
+    assert not list(tmp_path.glob("run/*")) and board == []
     assert capsys.readouterr().out == ""
 
 
 def test_process_1_resumes_from_process_0s_checkpoint(unfinished, as_process):
     """All epochs are done, so it trains no more."""
+    settings = unfinished(vat_scar)
     as_process(1)
     with after_each_step(pytest.fail):
-        run(vat_scar, unfinished(vat_scar))
+        run(vat_scar, settings)
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_refused(tiny, as_process, capsys):
+    as_process(0)
     assert "--batch-size 5" in refusal(capsys, vat_scar, {**tiny, "batch_size": 5})
 
 
@@ -1882,12 +1868,23 @@ def test_on_cuda_a_run_has_a_stream_and_each_phase_a_graph(
     assert (result["device"], result["peak_memory_gib"]) == ("a GPU", 1.5)
 
 
-@needs_cuda
-def test_fgsm_on_cuda_is_that_of_the_cpu(images):
-    torch.manual_seed(0)
-    model, x, y = WideResNet(10, 10, 1), to_float(images[2][:100]), images[3][:100]
-    on_cpu, on_cuda = fgsm(model, x, y, 0.02), fgsm(model.cuda(), x.cuda(), y.cuda(), 0.02)
-    assert ((on_cpu - on_cuda.cpu()).abs() > 1e-6).float().mean() < 2e-3
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@each_script
+def test_bf16_gives_every_parameter_nearly_the_gradient_of_fp32(script, device, images):
+    """A forward under no_grad comes first in MixMatch: autocast must not reuse its casts."""
+    gradients = []
+    x, y = images[0].to(device), images[1].to(device)
+    for precision in ("fp32", "bf16"):
+        o = SimpleNamespace(**{**defaults_of(script), "precision": precision})
+        torch.manual_seed(0)
+        model = WideResNet(10, 10, 1).to(device)
+        loss, _ = plain_loss(script, model, x[:16], y[:16], x[16:32], 1.0, o)
+        loss.backward()
+        gradients.append({name: p.grad.flatten() for name, p in model.named_parameters()})
+    fp32, bf16 = gradients
+    for name in fp32:
+        assert F.cosine_similarity(fp32[name], bf16[name], dim=0) > 0.9, name
+    assert not torch.equal(fp32["conv.weight"], bf16["conv.weight"])
 
 
 @needs_cuda
@@ -1903,12 +1900,15 @@ def test_randaugment_on_cuda_is_that_of_the_cpu(one_batch, compiled):
 
 
 @needs_cuda
-def test_predict_on_cuda_is_that_of_the_cpu(images):
-    """In float32, as fgsm."""
+def test_predict_and_fgsm_on_cuda_are_those_of_the_cpu(images):
+    """In float32."""
     torch.manual_seed(0)
-    model, x = WideResNet(10, 10, 1), images[0][:100]
-    on_cpu = vat_scar.predict(model, x)
-    close(vat_scar.predict(model.cuda(), x.cuda()).cpu(), on_cpu, rtol=1e-3, atol=1e-3)
+    model, x, y = WideResNet(10, 10, 1), to_float(images[2][:100]), images[3][:100]
+    logits, attacked = vat_scar.predict(model, x), fgsm(model, x, y, 0.02)
+    model.cuda()
+    close(vat_scar.predict(model, x.cuda()).cpu(), logits, rtol=1e-3, atol=1e-3)
+    differences = (fgsm(model, x.cuda(), y.cuda(), 0.02).cpu() - attacked).abs() > 1e-6
+    assert differences.float().mean() < 2e-3
 
 
 @needs_cuda
@@ -1984,7 +1984,7 @@ def test_a_folders_images_are_resized_as_pillow_does_and_labeled_by_their_classe
     assert x_test.dtype == torch.uint8 and y_test.dtype == torch.int64
 
 
-def test_each_image_of_a_folder_is_read_once_and_what_is_left_out_is_told(photos):
+def test_each_image_of_a_folder_is_read_once_and_what_is_left_out_is_reported(photos):
     """What is no image, a second way to one, links to folders, thumbnails; but not hidden files.
     Folders below a class belong to it."""
     ants = photos / "train" / "ant"
@@ -2011,48 +2011,42 @@ def test_each_image_of_a_folder_is_read_once_and_what_is_left_out_is_told(photos
     )
 
 
-@pytest.mark.parametrize(
-    "name, mode",
-    [("a.gif", "P"), ("a.bmp", "RGB"), ("a.PNG", "RGBA"), ("a.tiff", "CMYK"), ("a.webp", "L")],
-)
-def test_a_folder_is_read_whatever_its_files_kinds(name, mode, photos):
+def test_images_of_a_folder_become_rgb_upright_and_opaque(photos):
+    """Of every kind that Pillow reads, turned by their EXIF orientation. What is transparent turns
+    white, in each mode that knows it: a black drawing on it would be all black otherwise."""
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels).convert(mode)
-    image.save(photos / "train" / "bee" / name, lossless=True)
-    ours, _ = read_folder(photos)[0][f"train/bee/{name}"]
-    assert np.abs(ours - np.asarray(image.convert("RGB"), int)).max() <= 2
-
-
-@pytest.mark.parametrize("orientation, turned", [(3, "180"), (6, "90"), (8, "270")])
-def test_an_image_is_turned_as_its_exif_orientation_says(orientation, turned, photos):
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    image = Image.fromarray(pixels).transpose(Image.Transpose[f"ROTATE_{turned}"])
-    image.save(photos / "train" / "ant" / "turned.png", exif=exif)
-    assert (read_folder(photos)[0]["train/ant/turned.png"][0] == pixels).all()
-
-
-def test_what_is_transparent_becomes_white(photos):
-    """In each mode that knows it; a black drawing on it would be all black otherwise."""
-    drawing = Image.new("LA", (8, 8), (0, 0))
+    image, bees, expected = Image.fromarray(pixels), photos / "train" / "bee", {}
+    for name, mode in {
+        "gif": "P",
+        "bmp": "RGB",
+        "PNG": "RGBA",
+        "tiff": "CMYK",
+        "webp": "L",
+    }.items():
+        image.convert(mode).save(bees / f"a.{name}", lossless=True)
+        expected[f"a.{name}"] = np.asarray(image.convert(mode).convert("RGB"))
+    for orientation, turned in {3: "ROTATE_180", 6: "ROTATE_90", 8: "ROTATE_270"}.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        name = f"{turned}.png"
+        image.transpose(Image.Transpose[turned]).save(bees / name, exif=exif)
+        expected[name] = pixels
+    drawing = Image.new("LA", (32, 32), (0, 0))
     drawing.putpixel((2, 3), (0, 255))
-    drawing.putpixel((4, 4), (0, 51))
-    palette = Image.new("P", (8, 8), 1)
-    palette.putpalette([0, 0, 0, 9, 9, 9])
-    palette.putpixel((2, 3), 0)
-    gray = Image.new("L", (8, 8), 9)
-    gray.putpixel((2, 3), 0)
-    ants = photos / "train" / "ant"
-    drawing.save(ants / "a.png")
-    drawing.convert("RGBA").save(ants / "b.png")
-    palette.save(ants / "c.png", transparency=1)
-    gray.save(ants / "d.png", transparency=9)
-    images, _ = read_folder(photos, 8)
-    for name, a_fifth in (("a", 204), ("b", 204), ("c", 255), ("d", 255)):
-        expected = np.full((8, 8, 3), 255, np.uint8)
-        expected[3, 2], expected[4, 4] = 0, a_fifth
-        assert (images[f"train/ant/{name}.png"][0] == expected).all(), name
+    drawing.putpixel((4, 5), (0, 51))
+    drawing.save(bees / "LA.png")
+    drawing.convert("RGBA").save(bees / "RGBA.png")
+    drawing = Image.new("L", (32, 32), 9)
+    drawing.putpixel((2, 3), 0)
+    for mode in ("L", "P"):
+        drawing.convert(mode).save(bees / f"{mode}.png", transparency=9)
+    for name, a_fifth in {"LA": 204, "RGBA": 204, "P": 255, "L": 255}.items():
+        expected[f"{name}.png"] = np.full((32, 32, 3), 255, np.uint8)
+        expected[f"{name}.png"][3, 2], expected[f"{name}.png"][5, 4] = 0, a_fifth
+    images, _ = read_folder(photos)
+    for name, plain in expected.items():
+        ours, _ = images[f"train/bee/{name}"]
+        assert np.abs(ours - plain.astype(int)).max() <= 2 * name.startswith("a."), name
 
 
 BAD_FOLDERS = [  # what is done to ants and bees, words of the sentence
@@ -2112,15 +2106,23 @@ def test_a_folder_without_test_images_is_scored_on_training_images(photos, tmp_p
     check_run(plain_run(vat_scar, {**settings, "val": 4}), tmp_path / "run")
 
 
-def test_test_images_of_some_classes_are_enough_and_absent_classes_are_told(
-    photos, tmp_path, capsys
-):
-    """Labels are train's. Among unlabeled images there may be ants."""
+def test_a_folder_without_unlabeled_images_and_some_test_images_is_enough(photos, tmp_path, capsys):
+    """Labels are train's; images that are not labeled are the unlabeled ones. All of a class may be
+    labeled, and none of it be tested on."""
+    shutil.rmtree(photos / "unlabeled")
     shutil.rmtree(photos / "test" / "ant")
-    run(vat_scar, tiny_photos(photos, tmp_path, num_labeled=12))
-    check_run(plain_run(vat_scar, tiny_photos(photos, tmp_path, num_labeled=12)), tmp_path / "run")
+    for n in range(5):
+        (photos / "train" / "ant" / f"0 {n}.png").unlink()
+    photos = photos.rename(tmp_path / "cifar10-jpeg")
+    settings = tiny_photos(photos, tmp_path, num_labeled=2)
+    no_number = {**settings, "num_labeled": None}
+    assert "--num-labeled 4000 is too many" in refusal(capsys, vat_scar, no_number)
+    run(vat_scar, settings)
     absent = re.findall("^Classes without.*", capsys.readouterr().out, re.MULTILINE)
-    assert absent == ["Classes without test images: 1 of 2 (ant)"]
+    assert [line.count("(ant)") for line in absent] == [1, 1]
+    expected = plain_run(vat_scar, settings)
+    expected.result["data"] = "CIFAR-10 (JPEG)"  # what results from these images is called
+    check_run(expected, tmp_path / "run")
 
 
 # ------------------------------------------------------------------------- benchmarks, by stand-ins
@@ -2164,7 +2166,7 @@ def test_benchmarks_are_read_by_torchvision(name, kind, layout, labels, parts, m
 
 
 @pytest.mark.parametrize("name, title", [("cifar10", "CIFAR-10"), ("svhn", "svhn")])
-def test_a_run_on_a_benchmark_is_the_plain_programs(name, title, tiny, tmp_path, monkeypatch):
+def test_a_run_on_a_benchmark_matches_the_plain_program(name, title, tiny, tmp_path, monkeypatch):
     """Its classes have torchvision's names, or are digits. SVHN's are not flipped."""
     classes = {"classes": SHAPES} if name == "cifar10" else {}
     stand_in(name, lambda root, part: dataset(90, **classes), monkeypatch)
@@ -2193,7 +2195,7 @@ def test_a_benchmark_has_4000_labels_unless_told(name, tiny, monkeypatch, capsys
         (ImportError("no scipy"), "--data cifar10: no scipy; install it"),
     ],
 )
-def test_a_benchmark_that_cannot_be_had_is_refused(error, words, tmp_path, monkeypatch):
+def test_an_unavailable_benchmark_is_refused(error, words, tmp_path, monkeypatch):
     """What was in its folder stays. A tilde means the home directory, as for torchvision."""
 
     def fail(root, part, download=False):
