@@ -344,44 +344,46 @@ def test_randaugment_has_table_12s_operations_and_ranges():
 
 @pytest.mark.parametrize("index", range(14), ids=[name for name, *_ in PILLOW])
 def test_randaugment_matches_pillow(one_batch, index):
+    """To the bit where this was written; another processor may round floats differently."""
     name, low, high, operation = PILLOW[index]
     x, _, level, ours = (part[index::14] for part in one_batch)
     difference = []
     for image, value, our in zip(x, (low + (high - low) * level.double()).tolist(), ours):
         pillows = operation(Image.fromarray(image.permute(1, 2, 0).numpy()), value)
         difference.append(abs(our.permute(1, 2, 0).numpy() - np.asarray(pillows, int)).max(2))
-    if name.startswith(("Rotate", "Shear", "Translate")):
-        assert (np.stack(difference) > 0).mean((1, 2)).max() <= 0.02
-    else:
-        assert np.max(difference) <= 1 and (np.stack(difference) > 0).mean() <= 0.001
+    geometric = name.startswith(("Rotate", "Shear", "Translate"))
+    assert geometric or np.max(difference) <= 1
+    assert np.mean(np.stack(difference) > 0) <= (1e-3 if geometric else 1e-4)
     assert torch.equal(ours, x) == (name == "Identity")
 
 
 @pytest.mark.parametrize("h, w", [(32, 32), (48, 40)])
-@pytest.mark.parametrize("flip", [True, False])
-def test_weak_augment_draws_from_all_flips_and_translations(h, w, flip):
+@pytest.mark.parametrize("options", [{}, {"flip": False}], ids=["flip", "no flip"])
+def test_weak_augment_draws_from_all_flips_and_translations(h, w, options):
     """Each of 4,000 views of an image is one of its crops, reflected at the borders, or a crop's
     mirror image; all of them occur, half of them mirrored."""
     image, pads = torch.arange(3 * h * w).view(3, h, w) % 251, [w // 8, w // 8, h // 8, h // 8]
     crops = F.pad(image.float(), pads, mode="reflect").byte().unfold(1, h, 1).unfold(2, w, 1)
     crops = crops.permute(1, 2, 0, 3, 4).flatten(0, 1)
     torch.manual_seed(0)
-    views = image_bytes(fixmatch_scar.weak_augment(image.byte().expand(4000, 3, h, w), flip))
-    expected, mirrored = set(image_bytes(crops)), set()
-    if flip:
+    x = image.byte().expand(4000, 3, h, w)
+    views = image_bytes(fixmatch_scar.weak_augment(x, **options))
+    upright, mirrored = set(image_bytes(crops)), set()
+    if not options:
         mirrored = set(image_bytes(crops.flip(3)))
-    assert set(views) == expected | mirrored
-    assert np.mean([view in mirrored for view in views]) == pytest.approx(flip / 2, abs=0.05)
+    assert set(views) == upright | mirrored
+    share = np.mean([view in mirrored for view in views])
+    assert share == pytest.approx(0.0 if options else 0.5, abs=0.05)
 
 
-@pytest.mark.parametrize("h, w, flip", [(32, 32, True), (50, 38, False)])
-def test_strong_augment_is_a_weak_view_two_operations_and_a_gray_square(images, h, w, flip):
+@pytest.mark.parametrize("h, w, options", [(32, 32, {}), (50, 38, {"flip": False})])
+def test_strong_augment_is_a_weak_view_two_operations_and_a_gray_square(images, h, w, options):
     """With the same draws; the square, half the side long, is pasted image by image."""
     x = F.interpolate(images[0][:200], (h, w))
     torch.manual_seed(0)
-    ours = strong_augment(x, flip)
+    ours = strong_augment(x, **options)
     torch.manual_seed(0)
-    expected = fixmatch_scar.weak_augment(x, flip)
+    expected = fixmatch_scar.weak_augment(x, **options)
     for _ in range(2):
         op, level = torch.randint(14, (200,)), torch.rand(200)
         expected = randaugment_op(expected, op, level)
@@ -1563,15 +1565,15 @@ def other_settings(script):
 
 @each_script
 def test_another_runs_folder_is_refused_by_each_setting_that_differs(script, finished, capsys):
-    """Options for speed, and where its files are, are not among them."""
-    settings = finished(script)
+    """No option is forgotten, but for speed and for where the files are."""
+    settings, other = finished(script), other_settings(script)
     before = contents(settings["out"])
-    other = {**settings, **other_settings(script), "compile": True}
-    differences = re.findall(r"(\w+) was ", refusal(capsys, script, other))
+    sentence = refusal(capsys, script, {**settings, **other, "compile": True})
+    differences = re.findall(r"(\w+) was ", sentence)
+    assert sorted(differences) == sorted([*other, "classes", "images"])
     may_differ = {"device", "out", "data_dir", "compile", "tensorboard", "pretrained"}
-    assert set(differences) - {"classes", "images", "mu"} == other_settings(script).keys() - {"mu"}
-    assert vars(script.parse_args([])).keys() - may_differ - {"mu"} <= set(differences)
-    assert ("mu" in differences) == (script is fixmatch_scar)
+    options = vars(script.parse_args([])).keys() - may_differ
+    assert options - {"mu"} == other.keys() - {"mu"}  # which is an option of FixMatch's alone
     assert contents(settings["out"]) == before
 
 
@@ -1642,14 +1644,13 @@ def test_a_theta_without_its_run_must_fit_the_network(name, width, finished, tmp
     """A file that somebody copied tells nothing but its weights."""
     theta = shutil.copy(Path(finished(vat_scar)["out"], name), tmp_path / "theta.pt")
     settings = {**finished(vat_scar), "out": str(tmp_path / "run"), "width": width}
-    sentence = refusal(capsys, vat_scar, {**settings, "pretrained": str(theta)})
-    assert sentence == f"{theta} does not hold weights of this network"
+    assert f"{theta} does" in refusal(capsys, vat_scar, {**settings, "pretrained": str(theta)})
 
 
 def test_a_folder_that_holds_no_run_is_refused_unless_it_seems_empty(tiny, tmp_path, capsys):
     tiny.update(out=str(tmp_path), epochs=1)
     (tmp_path / "notes.txt").write_text("mine")
-    assert "is not empty and holds no run" in refusal(capsys, vat_scar, tiny)
+    assert "holds no run" in refusal(capsys, vat_scar, tiny)
     (tmp_path / "notes.txt").rename(tmp_path / ".notes")
     run(vat_scar, tiny)
     assert (tmp_path / "result.json").exists() and (tmp_path / ".notes").exists()
