@@ -69,6 +69,11 @@ def images():
     return load_images("synthetic", None)
 
 
+def label(value):
+    """Of a parameter, in a test's name."""
+    return getattr(value, "METHOD", str(value))
+
+
 def module_at(path):
     """The file as a module of its own."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -1422,7 +1427,7 @@ def test_a_run_killed_as_it_writes_a_file_ends_as_if_it_had_not_been(
 @pytest.mark.parametrize(
     "script, step, steps_left",
     [(vat_scar, 8, 6), (mixmatch_scar, 5, 9), (fixmatch_scar, 11, 3)],
-    ids=["vat", "mixmatch", "fixmatch"],
+    ids=label,
 )
 def test_a_run_killed_in_a_step_ends_as_if_it_had_not_been(
     script, step, steps_left, finished, tmp_path
@@ -1532,7 +1537,7 @@ def bad_options():
                 yield script, f"{option} inf", option
 
 
-@pytest.mark.parametrize("script, options, sentence", list(bad_options()), ids=str)
+@pytest.mark.parametrize("script, options, sentence", list(bad_options()), ids=label)
 def test_bad_options_are_refused_before_anything_is_written(
     script, options, sentence, tiny, tmp_path, monkeypatch, capsys
 ):
@@ -1551,7 +1556,7 @@ def test_bad_options_are_refused_before_anything_is_written(
     (vat_scar, "--eps 0 --ema-decay 0 --image-size 16 --lr 0"),
     (vat_scar, "--eps 255 --ema-decay 1 --power-iterations 0"),
     (mixmatch_scar, "--alpha 0.01"), (mixmatch_scar, "--alpha 0"), (fixmatch_scar, "--threshold 1"),
-], ids=str)  # fmt: skip
+], ids=label)  # fmt: skip
 def test_the_ends_of_a_range_are_accepted(script, options):
     script.parse_args(options.split())
 
@@ -1596,12 +1601,13 @@ def change_pixel(path):
 
 
 IMAGE, TEST_IMAGE = "train/red/red 3.png", "test/red/red 3.png"
+LAST_BLUE = "test/blue/blue 9.png"  # its pixels stay where they are if it becomes the first cyan
 CHANGES = {  # what may have become of a folder of images
     "a training pixel": lambda root: change_pixel(root / IMAGE),
     "an unlabeled pixel": lambda root: change_pixel(root / "unlabeled" / "red 3.png"),
     "a test pixel": lambda root: change_pixel(root / TEST_IMAGE),
     "a label": lambda root: (root / IMAGE).rename(root / "train" / "cyan" / "x.png"),
-    "a test label": lambda root: (root / TEST_IMAGE).rename(root / "test" / "blue" / "x.png"),
+    "a test label": lambda root: (root / LAST_BLUE).rename(root / "test" / "cyan" / "0.png"),
     "an image more": lambda root: shutil.copy(root / IMAGE, root / "unlabeled" / "x.png"),
     "a file's name": lambda root: (root / IMAGE).rename(root / "train" / "red" / "red 3x.png"),
 }
