@@ -102,8 +102,8 @@ def test_what_the_scripts_share_is_the_same_text():
 # -------------------------------------------------------------------------------------- the network
 
 
-def test_wide_resnet_28_2_has_its_number_of_parameters():
-    assert sum(p.numel() for p in WideResNet(10, 28, 2).parameters()) == 1_467_610
+def test_wide_resnet_is_28_2_and_has_its_number_of_parameters():
+    assert sum(p.numel() for p in WideResNet().parameters()) == 1_467_610
 
 
 def test_initial_weights_have_their_variance():
