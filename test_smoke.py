@@ -1690,12 +1690,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused(part, content, unfinished, ca
 NETWORK = '''
 import os
 
+forwards = iter(range(10**6))
+
 
 class WideResNet(nn.Module):
     """No batch norm, a layer that is not used, a parameter without dimensions.
 
     In eval mode process 1 of torchrun mistakes each class for the next one, so that only what
-    process 0 selects, measures and writes is right.
+    process 0 selects, measures and writes is right. Training fails at the forward pass STOP.
     """
 
     def __init__(self, num_classes, depth, width):
@@ -1705,20 +1707,23 @@ class WideResNet(nn.Module):
 
     def forward(self, x):
         logits = self.scale * self.linear(9 * F.adaptive_avg_pool2d(x, 4).flatten(1) - 5)
-        return logits if self.training else logits.roll(int(os.environ.get("RANK", 0)), dims=1)
+        if self.training:
+            assert next(forwards) != int(os.environ.get("STOP", -1))
+            return logits
+        return logits.roll(int(os.environ.get("RANK", 0)), dims=1)
 '''
 
 
-def torchrun(script, settings, folder):
+def torchrun(script, settings, folder, stop):
     """Runs a copy of the script with the network above in two processes; what torchrun says."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     shutil.copy(script.__file__, folder)
     text = Path(common.__file__).read_text(encoding="utf-8")
     (folder / "common.py").write_text(text + NETWORK, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node=2", f"--log-dir={folder}/logs"]
     command += [folder / Path(script.__file__).name, *words(settings)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "STOP": str(stop)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -1728,14 +1733,22 @@ def plain_network():
     return names["WideResNet"]
 
 
-def test_a_run_of_two_processes_matches_the_plain_program(tiny, tmp_path):
-    """Each has its share of every batch and draws its own augmentation; gradients and metrics are
-    averaged; labels, accuracies and files are those of process 0."""
+@pytest.fixture
+def stopped(tiny, tmp_path):
+    """The settings of a FixMatch run of two processes, which failed in its last epoch."""
     settings = {**tiny, **OWN["fixmatch"], "eps": 20.0, "threshold": 0.8}
-    done = torchrun(fixmatch_scar, settings, tmp_path / "scripts")
+    assert torchrun(fixmatch_scar, settings, tmp_path / "scripts", stop=20).returncode != 0
+    assert len(read_rows(tmp_path / "run" / "metrics.csv")) == 3
+    return settings
+
+
+def test_a_run_of_two_processes_matches_the_plain_program(stopped, tmp_path):
+    """Started again, too. Each process has its share of every batch and draws its own augmentation;
+    gradients and metrics are averaged; labels, accuracies and files are those of process 0."""
+    done = torchrun(fixmatch_scar, stopped, tmp_path / "scripts", stop=-1)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Table 1") == 1
-    expected = plain_run(fixmatch_scar, settings, plain_network(), processes=2)
+    expected = plain_run(fixmatch_scar, stopped, plain_network(), processes=2)
     check_run(expected, tmp_path / "run", exactly=False)
     assert 10 < expected.result["selection"]["added"] < 120
 
@@ -1770,14 +1783,6 @@ def test_process_1_writes_and_prints_nothing(tiny, as_process, tmp_path, board, 
     run(vat_scar, {**tiny, "tensorboard": True})
     assert not list(tmp_path.glob("run/*")) and board == []
     assert capsys.readouterr().out == ""
-
-
-def test_process_1_resumes_from_process_0s_checkpoint(unfinished, as_process):
-    """All epochs are done, so it trains no more."""
-    settings = unfinished(vat_scar)
-    as_process(1)
-    with after_each_step(pytest.fail):
-        run(vat_scar, settings)
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_refused(tiny, as_process, capsys):
