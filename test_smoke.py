@@ -1300,14 +1300,14 @@ def test_selection_png_shows_kept_images_left_of_rejected_ones_and_labels_in_ord
             if (picture[y : y + 16, x : x + 16] == image).all():
                 shown.append((row["kept"], row["label"], x, y))
     counts = Counter((row["kept"], row["label"]) for row in rows)
-    assert Counter(place[:2] for place in shown) == {
-        kind: min(8, count) for kind, count in counts.items()
-    }
-    for one, other in itertools.product(shown, shown):
-        if one[0] > other[0]:
-            assert one[2] < other[2]
-        if one[1] < other[1]:
-            assert one[3] < other[3]
+    for (kept, label), count in Counter((kept, label) for kept, label, *_ in shown).items():
+        assert count == min(8, counts[kept, label])
+    for (kept, label, x, y), (kept2, label2, x2, y2) in itertools.product(shown, shown):
+        if kept > kept2:
+            assert x < x2
+        if label < label2:
+            assert y < y2
+    assert {label for _, label, *_ in shown} == {label for _, label in counts}
 
 
 @contextlib.contextmanager
