@@ -1279,8 +1279,10 @@ def board(tmp_path, monkeypatch):
     return written
 
 
-def test_tensorboard_gets_each_epochs_numbers(tiny, tmp_path, board):
-    run(vat_scar, {**tiny, "tensorboard": True})
+def test_tensorboard_gets_each_epochs_numbers_and_changes_nothing(tiny, tmp_path, board):
+    settings = {**tiny, "tensorboard": True}
+    run(mixmatch_scar, settings)
+    check_run(plain_run(mixmatch_scar, settings), tmp_path / "run")
     expected = [
         (f"{row['phase']}/{name}", float(row[name]), int(row["epoch"]))
         for row in read_rows(tmp_path / "run" / "metrics.csv")
