@@ -238,7 +238,7 @@ def test_split_leaves_images_without_a_label_unlabeled():
 
 
 @pytest.mark.parametrize(
-    "y, count, words",
+    "y, count, sentence",
     [
         ([0] * 10 + [1] * 10 + [2] * 2, 2, "2 is too few: there are 3 classes"),
         ([0] * 10 + [1] * 10 + [2] * 2, 12, "12 takes 4 of class red, which has 2"),
@@ -249,8 +249,8 @@ def test_split_leaves_images_without_a_label_unlabeled():
         ([0] * 2 + [1] * 2 + [-1] * 2, 4, "4 takes 1 of class red, which has 0"),
     ],
 )
-def test_split_refuses(y, count, words):
-    with pytest.raises(ValueError, match=f"^--val {words}"):
+def test_split_refuses(y, count, sentence):
+    with pytest.raises(ValueError, match=f"^--val {sentence}"):
         split_labeled(torch.tensor(y), count, 0, ["blue", "green", "red"], "--val")
 
 
@@ -2202,14 +2202,14 @@ def test_a_benchmark_has_4000_labels_unless_told(name, tiny, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    "error, words",
+    "error, sentence",
     [
         (OSError("no network"), "cifar10 is not in .* could not be downloaded .no network."),
         (RuntimeError("File not found"), "cifar10 is not in .* --data synthetic, which needs none"),
         (ImportError("no scipy"), "--data cifar10: no scipy; install it"),
     ],
 )
-def test_an_unavailable_benchmark_is_refused(error, words, tmp_path, monkeypatch):
+def test_an_unavailable_benchmark_is_refused(error, sentence, tmp_path, monkeypatch):
     """What was in its folder stays. A tilde means the home directory, as for torchvision."""
 
     def fail(root, part, download=False):
@@ -2219,7 +2219,7 @@ def test_an_unavailable_benchmark_is_refused(error, words, tmp_path, monkeypatch
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / ".lock").write_text("mine")
     stand_in("cifar10", fail, monkeypatch)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=sentence):
         load_images("cifar10", "~/data")
     assert (tmp_path / "data" / ".lock").read_text() == "mine"
 
