@@ -1,9 +1,13 @@
-"""What the scripts import: the network, loading and splitting images, and FGSM."""
+"""What the scripts import: the network, the images and their split, and FGSM."""
 
+import hashlib
+import json
 import os
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -93,6 +97,71 @@ IMAGE_KINDS = set(Image.registered_extensions()) - {".pdf", ".palm", ".mpg", ".m
 SYSTEM_FOLDERS = {"@eaDir", "__MACOSX", "lost+found"}  # they hold thumbnails and the like
 
 
+class Images(NamedTuple):
+    """A data set and its split, as load_split makes them; all tensors are on one device."""
+
+    x: torch.Tensor  # uint8 [N, 3, size, size]: the training images
+    y: torch.Tensor  # int64 [N]: their labels, -1 where there is none
+    labeled: torch.Tensor  # int64, indices into x: the images whose labels training may see
+    unlabeled: torch.Tensor  # int64, indices into x: the others, without those held out by val
+    x_test: torch.Tensor  # uint8 [M, 3, size, size]: the test set, or the images held out
+    y_test: torch.Tensor  # int64 [M]
+    names: list  # of each image in x: its path below data_dir, or its number
+    names_test: list
+    classes: list  # the name of each label
+    digest: str  # how many images the data set has, and a hash of them, their labels and names
+
+    def to(self, device):
+        """Returns the same with its tensors on the device."""
+        tensors = {name: part for name, part in self._asdict().items() if torch.is_tensor(part)}
+        return self._replace(**{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def load_split(data, data_dir, size=32, num_labeled=None, val=0, seed=0):
+    """Loads a data set, splits it and prints what it found. Returns Images on the CPU.
+
+    data, data_dir, size: see load_images. num_labeled, seed: see split_labeled; None means 4,000
+    labels, or all those of a folder with unlabeled/. val: how many of the other training images,
+    equally many of each class, to hold out and score in place of the test set.
+    Raises ValueError with one sentence that says what is wrong and what to do.
+    """
+    print(f"Reading the images of {data_dir if data == 'folder' else data}", flush=True)
+    (x, y, x_test, y_test), (names, names_test, classes, left_out) = _load(data, data_dir, size)
+    sha = hashlib.sha256(json.dumps([classes, names, names_test]).encode())
+    for tensor in (x, y, x_test, y_test):
+        sha.update(tensor.numpy())
+    digest = f"{len(x)} + {len(x_test)}, hash {sha.hexdigest()[:16]}"
+
+    if num_labeled is None:
+        num_labeled = 4000
+        if data == "folder" and (y < 0).any():  # it has unlabeled/
+            num_labeled = int((y >= 0).sum())
+    labeled, unlabeled = split_labeled(y, num_labeled, seed, classes)
+    scored = "test"
+    if val > 0:
+        scored = "validation"
+        option = f"after --num-labeled {num_labeled}, --val"
+        held_out, rest = split_labeled(y[unlabeled], val, seed, classes, option)
+        held_out = unlabeled[held_out]
+        unlabeled = unlabeled[rest]
+        x_test = x[held_out]
+        y_test = y[held_out]
+        names_test = [names[n] for n in held_out.tolist()]
+    elif len(x_test) == 0:
+        raise ValueError(f"{data_dir} has no test/: use --val N to hold images out")
+
+    print(f"{len(classes)} classes; {len(labeled):,} labeled, {len(unlabeled):,} unlabeled", end="")
+    print(f" and {len(x_test):,} {scored} images")
+    if left_out:
+        print(f"Files left out: {len(left_out)} ({', '.join(left_out[:5])})")
+    for kind, labels in {"unlabeled": y[unlabeled], scored: y_test}.items():
+        present = set(labels.tolist())
+        absent = [name for label, name in enumerate(classes) if label not in present]
+        if absent and -1 not in present:  # an image without a label may be of any class
+            print(f"Classes without {kind} images: {len(absent)} ({', '.join(absent[:5])})")
+    return Images(x, y, labeled, unlabeled, x_test, y_test, names, names_test, classes, digest)
+
+
 def load_images(data, data_dir, size=32):
     """Loads a whole data set into memory: (x_train, y_train, x_test, y_test).
 
@@ -107,19 +176,31 @@ def load_images(data, data_dir, size=32):
                                same; needs no file
     Raises ValueError with one sentence that says what is wrong and what to do.
     """
-    if data == "synthetic":
+    images, _ = _load(data, data_dir, size)
+    return images
+
+
+def _load(data, data_dir, size):
+    """Returns load_images' tensors, and lists: names of train, of test, classes, files left out."""
+    left_out = []
+    if data == "folder":
+        classes, train, test, left_out = _list_folder(Path(data_dir))
+        names, x_train, y_train = _read_files(data_dir, train, size)
+        names_test, x_test, y_test = _read_files(data_dir, test, size)
+    elif data == "synthetic":
         x, y = _draw_shapes(7000)
         x_train, y_train, x_test, y_test = x[:6000], y[:6000], x[6000:], y[6000:]
-    elif data == "folder":
-        _, train, test, _ = _list_folder(Path(data_dir))
-        x_train, y_train = _read_files(data_dir, train, size)
-        x_test, y_test = _read_files(data_dir, test, size)
+        classes = SHAPES
     elif data in BENCHMARKS:
-        x_train, y_train, _ = _read_benchmark(data, data_dir, test=False)
+        x_train, y_train, classes = _read_benchmark(data, data_dir, test=False)
         x_test, y_test, _ = _read_benchmark(data, data_dir, test=True)
     else:
         raise ValueError(f"unknown data {data}: choose {', '.join(BENCHMARKS)}, folder, synthetic")
-    return _resize(x_train, size), y_train, _resize(x_test, size), y_test
+    if data != "folder":
+        names = [str(n) for n in range(len(x_train))]
+        names_test = [str(n) for n in range(len(x_test))]
+    images = _resize(x_train, size), y_train, _resize(x_test, size), y_test
+    return images, (names, names_test, classes, left_out)
 
 
 def _resize(x, size):
@@ -127,21 +208,6 @@ def _resize(x, size):
     if x.shape[2:] == (size, size):
         return x
     return F.interpolate(x, (size, size), mode="bicubic", antialias=True)
-
-
-def image_names(data, data_dir):
-    """Returns (classes, files, left_out), three lists of names.
-
-    classes: the name of each label. For "folder", files has the path below data_dir of each image
-    of x_train, and left_out the paths that were not read; otherwise both are empty.
-    """
-    if data == "folder":
-        classes, train, _, left_out = _list_folder(Path(data_dir))
-        return classes, [name for name, _ in train], left_out
-    if data == "synthetic":
-        return SHAPES, [], []
-    _, _, classes = _read_benchmark(data, data_dir, test=True)
-    return classes, [], []
 
 
 def _read_benchmark(data, data_dir, test):
@@ -255,6 +321,9 @@ def _list_classes(root):
 def _visible(folder):
     """The entries of a folder, sorted by name, without hidden ones."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.name != entry.name.encode("utf-8", "replace").decode():
+            raise ValueError(f"{folder} has a name that is not UTF-8: rename {entry.name!r}")
     return [entry for entry in entries if not entry.name.startswith(".")]
 
 
@@ -271,40 +340,53 @@ def _files_below(folder):
 
 
 def _read_files(root, files, size):
-    """Returns uint8 [N, 3, size, size] and int64 [N] for a list of (path below root, label)."""
-    x = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    errors = []
-    for i, (name, _) in enumerate(files):
+    """Reads images from a list of (path below root, label): (names, x, y) in its order.
+
+    names: the paths; x: uint8 [N, 3, size, size]; y: int64 [N].
+    """
+    names = [name for name, _ in files]
+    y = torch.tensor([label for _, label in files], dtype=torch.int64)
+    x = np.empty((len(files), 3, size, size), dtype=np.uint8)
+
+    def read(i):
+        """Reads the i-th image into x; returns a sentence if that is impossible."""
         try:
-            x[i] = _read_image(Path(root, name), size)
-        except ValueError as error:
-            errors.append(str(error))
-        if sys.stdout.isatty() and i % 100 == 0:
-            print(f"reading images: {i:,} of {len(files):,}", end="\033[K\r", flush=True)
+            x[i] = _read_image(Path(root, names[i]), size).transpose(2, 0, 1)
+        except Exception as error:  # a damaged file raises any of a dozen types
+            return f"cannot read {Path(root, names[i])} ({error})"
+
+    errors = []
+    # Pillow decodes outside Python's global lock, so large files are read in parallel. Small ones
+    # take their time within it, where threads would only wait for each other
+    is_large = bool(files) and Path(root, names[0]).lstat().st_size > 2**14
+    with ThreadPoolExecutor() as pool:
+        read_all = pool.map if is_large else map
+        for i, error in enumerate(read_all(read, range(len(files)))):
+            if error is not None:
+                errors.append(error)
+            if sys.stdout.isatty() and i % 100 == 0:
+                print(f"reading images: {i:,} of {len(files):,}", end="\033[K\r", flush=True)
     if errors:
         raise ValueError(
             f"damaged or unsupported images: {len(errors)} of {len(files)}; repair or remove "
             f"them: {'; '.join(errors[:5])}"
         )
-    return x, torch.tensor([label for _, label in files], dtype=torch.int64)
+    return names, torch.from_numpy(x), y
 
 
 def _read_image(path, size):
-    """uint8 [3, size, size] in RGB; ValueError where the file cannot be read so."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow would clip their values at 255
-                raise ValueError("more than 8 bits a channel")
-            image = ImageOps.exif_transpose(image)
-            if "A" in image.getbands() or "transparency" in image.info:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            image = image.convert("RGB")
-    except Exception as error:  # a damaged file raises any of a dozen types
-        raise ValueError(f"cannot read {path} ({error})") from None
+    """Returns a NumPy array uint8 [size, size, 3], RGB."""
+    with Image.open(path) as image:
+        if image.mode.startswith(("I", "F")):  # Pillow would clip their values at 255
+            raise ValueError("more than 8 bits a channel")
+        ImageOps.exif_transpose(image, in_place=True)
+        if "A" in image.getbands() or "transparency" in image.info:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.convert("RGB")
     if image.size != (size, size):
         image = image.resize((size, size))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return np.asarray(image)
 
 
 def _draw_shapes(count):

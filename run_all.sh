@@ -49,7 +49,6 @@ for word in "$@"; do
     previous=$word
 done
 mkdir -p "$OUT" || refuse "OUT=$OUT cannot be created; choose another"
-[[ " $CONTROLS " != *" none "* ]] || export CONTROL_FOLLOWS=1 # no script need suggest one
 
 run() { # method seed select eps [option ...]: runs one script
     local method=$1 seed=$2 select=$3 eps=$4

@@ -42,7 +42,7 @@ import common
 import fixmatch_scar
 import mixmatch_scar
 import vat_scar
-from common import SHAPES, WideResNet, fgsm, load_images, split_labeled
+from common import SHAPES, WideResNet, fgsm, load_images, load_split, split_labeled
 from fixmatch_scar import RANDAUGMENT_OPS, fixmatch_loss, randaugment_op, strong_augment, to_float
 from mixmatch_scar import mixmatch_loss
 from vat_scar import vat_direction, vat_loss
@@ -970,16 +970,16 @@ def plain_counts(keep, pseudo, y):
     }
 
 
-def plain_images(o):
-    """x, y, x_test, y_test, the name of each x, the classes' names."""
-    images = load_images(o.data, o.data_dir, o.image_size)
+def plain_names(o, count, count_test):
+    """The names of the training images, of those to test on, and of the classes."""
     if o.data != "folder":
         classes = list("0123456789") if o.data == "svhn" else SHAPES
-        return *images, range(len(images[0])), classes
+        return list(map(str, range(count))), list(map(str, range(count_test))), classes
     root = Path(o.data_dir)
     classes = sorted(path.name for path in (root / "train").iterdir())
     files = sorted(root.glob("train/*/*")) + sorted(root.glob("unlabeled/**/*.png"))
-    return *images, [file.relative_to(root).as_posix() for file in files], classes
+    names = [file.relative_to(root).as_posix() for file in files]
+    return names, [f.relative_to(root).as_posix() for f in sorted(root.glob("test/*/*"))], classes
 
 
 def plain_run(script, settings, network=WideResNet, processes=1):
@@ -990,13 +990,15 @@ def plain_run(script, settings, network=WideResNet, processes=1):
     turns in each step.
     """
     o = SimpleNamespace(**{**defaults_of(script), **settings})
-    x, y, x_test, y_test, names, classes = plain_images(o)
+    x, y, x_test, y_test = load_images(o.data, o.data_dir, o.image_size)
+    names, names_test, classes = plain_names(o, len(x), len(x_test))
     if o.num_labeled is None:
         o.num_labeled = int((y >= 0).sum()) if o.data == "folder" else 4000
     labeled, unlabeled = split_labeled(y, o.num_labeled, o.seed)
     if o.val > 0:
         held_out, rest = split_labeled(y[unlabeled], o.val, o.seed)
         x_test, y_test = x[unlabeled[held_out]], y[unlabeled[held_out]]
+        names_test = [names[n] for n in unlabeled[held_out]]
         unlabeled = unlabeled[rest]
     labels = torch.full_like(y, -1)
     labels[labeled] = y[labeled]
@@ -1057,22 +1059,32 @@ def plain_run(script, settings, network=WideResNet, processes=1):
         keep = torch.zeros_like(keep)
     elif o.select == "confidence":
         keep = script.select_confident(logits, int(keep.sum()))
-    table2 = []
+    table2, test_logits = [], logits_of(x_test)
+    surest = test_logits.double().softmax(dim=1).amax(dim=1).argsort(descending=True)
     for eps in sorted({*o.table2_eps, o.eps}):
         withstands, label = script.select_clean(average, x_test, eps / 255)
-        table2.append({"eps": eps, **plain_counts(withstands, label, y_test)})
+        row = {"eps": eps, **plain_counts(withstands, label, y_test)}
+        as_many = surest[: row["kept"]]
+        row["confidence_correct"] = int((label[as_many] == y_test[as_many]).sum())
+        table2.append(row)
     labels[unlabeled] = torch.where(keep, pseudo, -1)
     model.load_state_dict(theta)
     train("finetune")
 
     final = logits_of(x[unlabeled])
     selection = {
-        "file": [str(names[n]) for n in unlabeled],
+        "file": [names[n] for n in unlabeled],
         "label": [classes[label] for label in pseudo],
         "confidence": logits.softmax(dim=1).amax(dim=1).tolist(),
         "kept": [str(int(kept)) for kept in keep],
         "final_label": [classes[label] for label in final.argmax(dim=1)],
         "final_confidence": final.softmax(dim=1).amax(dim=1).tolist(),
+    }
+    test = {
+        "file": names_test,
+        "true_label": [classes[label] for label in y_test],
+        "label": [classes[label] for label in test_logits.argmax(dim=1)],
+        "final_label": [classes[label] for label in logits_of(x_test).argmax(dim=1)],
     }
     per_class = pseudo[keep].bincount(minlength=len(classes)).tolist()
     added = {"unlabeled": len(unlabeled), "added": int(keep.sum()), "kept_per_class": per_class}
@@ -1091,8 +1103,11 @@ def plain_run(script, settings, network=WideResNet, processes=1):
         "args": vars(o),
     }
     weights = {"pretrain.pt": theta, "model.pt": average.state_dict()}
+    if o.pretrained is not None:
+        del weights["pretrain.pt"]  # it is where it was
+    tables = {"selection.csv": selection, "test.csv": test}
     return SimpleNamespace(
-        weights=weights, rows=rows, selection=selection, result=result, classes=classes
+        weights=weights, rows=rows, tables=tables, result=result, classes=classes
     )
 
 
@@ -1176,13 +1191,15 @@ def check_run(expected, out, exactly=True):
     if not exactly:
         mean = rounded = partial(pytest.approx, rel=2e-3, abs=1e-3)
         weights = nearly_same
-    rows = read_rows(out / "selection.csv")
-    for name, values in expected.selection.items():
-        written = [row[name] for row in rows]
-        if name.endswith("confidence"):
-            assert [float(text) for text in written] == rounded(values), name
-        else:
-            assert written == values, name
+    for file, columns in expected.tables.items():
+        rows = read_rows(out / file)
+        assert rows[0].keys() == columns.keys()
+        for name, values in columns.items():
+            written = [row[name] for row in rows]
+            if name.endswith("confidence"):
+                assert [float(text) for text in written] == rounded(values), name
+            else:
+                assert written == values, (file, name)
     for row, plain in zip(read_rows(out / "metrics.csv"), expected.rows, strict=True):
         assert row.keys() - plain.keys() == {"ms_per_step", "seconds"}
         for name, value in plain.items():
@@ -1344,7 +1361,6 @@ def test_times_are_those_of_steps_and_epochs(tiny, tmp_path, monkeypatch):
     assert [float(row["seconds"]) for row in rows] == [seconds + 0.5 for seconds in steps]
     assert result["seconds"] == sum(steps) + 2
     assert result["ms_per_step"] == pytest.approx(np.median(ms_per_step))
-    assert result["images_per_second"] == pytest.approx(1000 * 12 / result["ms_per_step"])
 
 
 def test_a_run_says_what_it_ran_on_and_keeps_its_script(finished):
@@ -1354,7 +1370,7 @@ def test_a_run_says_what_it_ran_on_and_keeps_its_script(finished):
     for name, module in modules.items():
         assert result["versions"][name] == module.__version__
     python, script, *argv = shlex.split(result["command"])
-    assert python == "python" and os.path.samefile(script, vat_scar.__file__)
+    assert (python, script) == ("python", "vat_scar.py")
     assert argv == words(finished(vat_scar))
     copied = Path(finished(vat_scar)["out"], "vat_scar.py")
     assert copied.read_bytes() == (HERE / "vat_scar.py").read_bytes()
@@ -1399,15 +1415,15 @@ def check_same_run(before, settings):
     rows = [*read_rows(one / "metrics.csv"), result_of(before)]
     others = [*read_rows(two / "metrics.csv"), result_of(settings)]
     for row, other in zip(rows, others, strict=True):
-        for name in row.keys() - {"ms_per_step", "seconds", "images_per_second", "command", "args"}:
+        for name in row.keys() - {"ms_per_step", "seconds", "command", "args"}:
             assert row[name] == other[name], name
 
 
-@pytest.mark.parametrize("number", range(1, 16))
+@pytest.mark.parametrize("number", range(1, 17))
 def test_a_run_killed_as_it_writes_a_file_ends_as_if_it_had_not_been(
     number, finished, tmp_path, monkeypatch
 ):
-    """Before the file is moved into place. The 15th is result.json, and the last."""
+    """Before the file is moved into place. The 16th is result.json, and the last."""
     settings, replace, kill = {**finished(mixmatch_scar)}, os.replace, killer(number)
     settings["out"] = str(tmp_path / "run")
 
@@ -1419,7 +1435,7 @@ def test_a_run_killed_as_it_writes_a_file_ends_as_if_it_had_not_been(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(os, "replace", kill_or_replace)
         run(mixmatch_scar, settings)
-    if number == 15:
+    if number == 16:
         left = {path.name for path in (tmp_path / "run").glob("[!.]*")}
         assert left == {path.name for path in Path(finished(mixmatch_scar)["out"]).iterdir()} - {
             "result.json"
@@ -1516,11 +1532,11 @@ def refusal(capsys, script, argv):
 
 BAD_OPTIONS = {  # the sentence names the first option, or has these words
     vat_scar: [
-        "--depth 27", "--depth 4", "--data imagenet", "--select all", "--epoch 3", "--width 0",
-        "--epochs 0", "--steps-per-epoch 0", "--batch-size 0", "--image-size 15", "--eps 256",
-        "--table2-eps 1 -2", "--table2-eps nan", "--ema-decay 1.5", "--device cuda", "--xi 0",
-        "--tensorboard", "--num-labeled 4", ("--num-labeled 110 --val 11", "--val 11"),
-        ("--pretrained=", "cannot read ."), ("--pretrained no/theta.pt", "cannot read no/theta.pt"),
+        ("--depth 27", "depth must be"), "--data imagenet", "--select all", "--epoch 3",
+        "--width 0", "--epochs 0", "--steps-per-epoch 0", "--batch-size 0", "--image-size 0",
+        "--eps 256", "--table2-eps 1 -2", "--table2-eps nan", "--ema-decay 1.5", "--xi 0",
+        "--num-labeled 4", ("--num-labeled 110 --val 11", "--val 11"),
+        ("--pretrained no/theta.pt", "no/theta.pt holds no weights"),
         ("--lr 1e30", "pretrain 1: loss is nan or inf"),
     ],
     mixmatch_scar: ["--temperature 0", "--alpha 0.001"],
@@ -1543,14 +1559,9 @@ def bad_options():
 
 @pytest.mark.parametrize("script, options, sentence", list(bad_options()), ids=name_of)
 def test_bad_options_are_refused_before_anything_is_written(
-    script, options, sentence, tiny, tmp_path, monkeypatch, capsys
+    script, options, sentence, tiny, tmp_path, capsys
 ):
     """Or, where only training shows it, before the first checkpoint is."""
-    find = importlib.util.find_spec
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name)
-    )
     assert sentence in refusal(capsys, script, [*words(tiny), *options.split()])
     written = "checkpoint.pt" if options == "--lr 1e30" else "*"
     assert not list(tmp_path.glob(f"run/{written}"))
@@ -1654,7 +1665,8 @@ def test_a_theta_without_its_run_must_fit_the_network(name, width, finished, tmp
     """A file that somebody copied tells nothing but its weights."""
     theta = shutil.copy(Path(finished(vat_scar)["out"], name), tmp_path / "theta.pt")
     settings = {**finished(vat_scar), "out": str(tmp_path / "run"), "width": width}
-    assert f"{theta} does" in refusal(capsys, vat_scar, {**settings, "pretrained": str(theta)})
+    settings["pretrained"] = str(theta)
+    assert f"{theta} holds no weights" in refusal(capsys, vat_scar, settings)
 
 
 def test_a_folder_that_holds_no_run_is_refused_unless_it_seems_empty(tiny, tmp_path, capsys):
@@ -1667,26 +1679,21 @@ def test_a_folder_that_holds_no_run_is_refused_unless_it_seems_empty(tiny, tmp_p
 
 
 @pytest.mark.parametrize("fault", ["cut off", "empty", "pickled code"])
-@pytest.mark.parametrize("name", ["checkpoint.pt", "pretrain.pt", "args.json"])
-def test_a_damaged_file_is_named_and_left_alone(name, fault, unfinished, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["checkpoint.pt", "args.json", "pretrain.pt", "a theta"])
+def test_a_damaged_file_ends_a_run_and_is_left_alone(name, fault, unfinished, tmp_path, capsys):
+    """The error is torch's or json's, but for another run's theta~."""
     settings = unfinished(vat_scar)
-    path = Path(settings["out"], name)
+    path = Path(settings["out"], name.replace("a theta", "pretrain.pt"))
     torch.save(SimpleNamespace(), tmp_path / "code")  # unpickled, it could run anything
     damaged = {"cut off": path.read_bytes()[: path.stat().st_size // 2], "empty": b""}
     damaged["pickled code"] = (tmp_path / "code").read_bytes()
     path.write_bytes(damaged[fault])
-    if name == "pretrain.pt":
+    if name == "a theta":
         settings.update(pretrained=str(path), out=str(tmp_path / "new"))
-    assert f"cannot read {path}" in refusal(capsys, vat_scar, settings)
-    assert path.read_bytes() == damaged[fault]
-
-
-@pytest.mark.parametrize("part, content", [("model", {}), ("labels", torch.ones(7)), ("rows", 0)])
-def test_a_checkpoint_that_does_not_fit_is_refused(part, content, unfinished, capsys):
-    settings = unfinished(vat_scar)
-    path = Path(settings["out"], "checkpoint.pt")
-    torch.save({**torch.load(path), part: content}, path)
-    assert "checkpoint.pt does not fit" in refusal(capsys, vat_scar, settings)
+        assert f"{path} holds no weights" in refusal(capsys, vat_scar, settings)
+    with pytest.raises((Exception, SystemExit)):
+        run(vat_scar, settings)
+    assert path.read_bytes() == damaged[fault] and not (tmp_path / "new").exists()
 
 
 # ------------------------------------------------------------------------- several processes as one
@@ -1962,13 +1969,15 @@ def test_captured_run_on_cuda_is_the_run(script, tiny, tmp_path, monkeypatch):
 
 
 def read_folder(root, size=32):
-    """The images of a folder, by name: (pixels [size, size, 3], label); what was left out."""
-    x, y, *_ = load_images("folder", root, size)
-    _, files, left_out = common.image_names("folder", root)
-    images = {}
-    for name, image, label in zip(files, x, y.tolist(), strict=True):
-        images[name] = image.permute(1, 2, 0).numpy(), label
-    return images, sorted(left_out)
+    """The images of a folder, by name: (pixels [size, size, 3], label)."""
+    split, images = load_split("folder", root, size), {}
+    for names, x, y in (
+        (split.names, split.x, split.y),
+        (split.names_test, split.x_test, split.y_test),
+    ):
+        for name, image, label in zip(names, x, y.tolist(), strict=True):
+            images[name] = image.permute(1, 2, 0).numpy(), label
+    return images
 
 
 @pytest.fixture
@@ -1986,21 +1995,18 @@ def photos(tmp_path):
 
 
 def test_a_folders_images_are_resized_as_pillow_does_and_labeled_by_their_classes(photos):
-    images, left_out = read_folder(photos, 50)
-    assert [label for _, label in images.values()] == 6 * [0] + 6 * [1] + 10 * [-1]
-    assert left_out == []
-    *_, x_test, y_test = load_images("folder", photos, 50)
-    names = sorted(path.relative_to(photos).as_posix() for path in photos.glob("test/*/*"))
-    for name, x, label in zip(names, x_test, y_test.tolist(), strict=True):
-        images[name] = x.permute(1, 2, 0).numpy(), label
+    images = read_folder(photos, 50)
+    assert images.keys() == {path.relative_to(photos).as_posix() for path in photos.rglob("*.png")}
     for name, (ours, label) in images.items():
         assert label == {"ant": 0, "bee": 1, "deep er": -1}[Path(name).parent.name]
         expected = np.asarray(Image.open(photos / name).resize((50, 50)))
         assert (ours == expected).all(), name
+    _, y, x_test, y_test = load_images("folder", photos, 50)
+    assert y.tolist() == 6 * [0] + 6 * [1] + 10 * [-1]
     assert x_test.dtype == torch.uint8 and y_test.dtype == torch.int64
 
 
-def test_each_image_of_a_folder_is_read_once_and_what_is_left_out_is_reported(photos):
+def test_each_image_of_a_folder_is_read_once_and_what_is_left_out_is_counted(photos, capsys):
     """What is no image, a second way to one, links to folders, thumbnails; but not hidden files.
     Folders below a class belong to it."""
     ants = photos / "train" / "ant"
@@ -2017,14 +2023,11 @@ def test_each_image_of_a_folder_is_read_once_and_what_is_left_out_is_reported(ph
         (photos / name).mkdir()
         shutil.copy(ants / "0 0.png", photos / name / "0.png")
     (photos / "unlabeled" / "lost+found").mkdir()
-    images, left_out = read_folder(photos)
-    labels = [label for _, label in images.values()]
-    assert labels == 6 * [0] + 6 * [1] + 10 * [-1] and images["train/ant/more/0 1.png"][1] == 0
-    names = ("__MACOSX", "album.png", "loop", "notes.txt", "paper.pdf", "twice.png")
-    assert left_out == sorted(
-        [f"train/ant/{name}" for name in names]
-        + ["train/@eaDir", "train/readme", "unlabeled/lost+found", "unlabeled/too.png"]
-    )
+    images = read_folder(photos)
+    labels = Counter(label for _, label in images.values())
+    assert labels == {0: 9, 1: 9, -1: 10} and images["train/ant/more/0 1.png"][1] == 0
+    # six things in ant, train/@eaDir, train/readme, unlabeled/lost+found, unlabeled/too.png
+    assert "left out: 10 (" in capsys.readouterr().out
 
 
 def test_images_of_a_folder_become_rgb_upright_and_opaque(photos):
@@ -2054,7 +2057,7 @@ def test_images_of_a_folder_become_rgb_upright_and_opaque(photos):
     for name, a_fifth in {"LA": 204, "RGBA": 204, "P": 255, "L": 255}.items():
         expected[f"{name}.png"] = np.full((32, 32, 3), 255, np.uint8)
         expected[f"{name}.png"][3, 2], expected[f"{name}.png"][5, 4] = 0, a_fifth
-    images, _ = read_folder(photos)
+    images = read_folder(photos)
     for name, plain in expected.items():
         ours, _ = images[f"train/bee/{name}"]
         assert (ours == plain).all(), name
@@ -2075,6 +2078,8 @@ BAD_FOLDERS = [  # what is done to ants and bees, words of the sentence
     (lambda root: (shutil.rmtree(root / "unlabeled"), (root / "unlabeled").write_text("")),
      "cannot read"),
     (lambda root: (root / "train/loop").symlink_to(root / "train/loop"), "cannot read"),
+    (lambda root: (root / "train/ant" / os.fsdecode(b"\xff.png")).touch(),
+     "train/ant has a name that is not UTF-8: rename '\\udcff.png'"),
 ]  # fmt: skip
 
 
@@ -2124,16 +2129,13 @@ def test_a_folder_without_unlabeled_images_and_some_test_images_is_enough(photos
     shutil.rmtree(photos / "test" / "ant")
     for n in range(5):
         (photos / "train" / "ant" / f"0 {n}.png").unlink()
-    photos = photos.rename(tmp_path / "cifar10-jpeg")
     settings = tiny_photos(photos, tmp_path, num_labeled=2)
     no_number = {**settings, "num_labeled": None}
     assert "--num-labeled 4000 is too many" in refusal(capsys, vat_scar, no_number)
     run(vat_scar, settings)
     absent = re.findall("^Classes without.*", capsys.readouterr().out, re.MULTILINE)
     assert [line.count("(ant)") for line in absent] == [1, 1]
-    expected = plain_run(vat_scar, settings)
-    expected.result["data"] = "CIFAR-10 (JPEG)"  # what results from these images is called
-    check_run(expected, tmp_path / "run")
+    check_run(plain_run(vat_scar, settings), tmp_path / "run")
 
 
 # ------------------------------------------------------------------------- benchmarks, by stand-ins
@@ -2176,15 +2178,14 @@ def test_benchmarks_are_read_by_torchvision(name, kind, layout, labels, parts, m
     assert y.dtype == torch.int64 and x.is_contiguous()
 
 
-@pytest.mark.parametrize("name, title", [("cifar10", "CIFAR-10"), ("svhn", "svhn")])
-def test_a_run_on_a_benchmark_matches_the_plain_program(name, title, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["cifar10", "svhn"])
+def test_a_run_on_a_benchmark_matches_the_plain_program(name, tiny, tmp_path, monkeypatch):
     """Its classes have torchvision's names, or are digits. SVHN's are not flipped."""
     classes = {"classes": SHAPES} if name == "cifar10" else {}
     stand_in(name, lambda root, part: dataset(90, **classes), monkeypatch)
     settings = {**tiny, "data": name, "flip": None}
     run(mixmatch_scar, settings)
     expected = plain_run(mixmatch_scar, {**settings, "flip": name == "cifar10"})
-    expected.result["data"] = title
     check_run(expected, tmp_path / "run")
 
 
@@ -2484,39 +2485,6 @@ def test_a_damaged_result_is_named_and_the_others_make_the_tables(tmp_path, made
         assert f"error: {tmp_path}/{n}/result.json is damaged" in result.errors
 
 
-def test_compare_counts_images_that_one_model_alone_has_right(
-    finished, tmp_path, monkeypatch, capsys
-):
-    """McNemar's z, and right labels among as many of the most confident as FGSM keeps."""
-    settings = finished(fixmatch_scar)
-    shutil.copytree(settings["out"], tmp_path / "runs" / "scar")
-    control = {"out": str(tmp_path / "runs" / "none"), "pretrained": theta_of(settings)}
-    run(fixmatch_scar, {**settings, **control, "select": "none"})
-    monkeypatch.syspath_prepend(HERE / "results")  # where it finds tables.py, as a command does
-    assert module_at(HERE / "results" / "compare.py").main([str(tmp_path / "runs")]) == 0
-    printed = capsys.readouterr().out
-    *_, x_test, y_test = load_images("folder", settings["data_dir"], 16)
-    logits = {}
-    for name in ("scar/pretrain.pt", "scar/model.pt", "none/model.pt"):
-        model = WideResNet(5, 10, 1).eval()
-        model.load_state_dict(torch.load(tmp_path / "runs" / name))
-        logits[name] = model(to_float(x_test)).detach()
-    right = {name: logits[name].argmax(dim=1) == y_test for name in logits}
-    gains = []
-    for before in ("scar/pretrain.pt", "none/model.pt"):
-        pairs = list(zip(right["scar/model.pt"].tolist(), right[before].tolist()))
-        gained, lost = pairs.count((True, False)), pairs.count((False, True))
-        z = (gained - lost) / math.sqrt(gained + lost)
-        gains.append(f"{100 * (gained - lost) / 60:+.2f} (z = {z:.1f})")
-    assert f"| scar | {gains[0]} | {gains[1]} |" in printed
-    surest = logits["scar/pretrain.pt"].softmax(dim=1).amax(dim=1).argsort(descending=True)
-    rows = read_rows(tmp_path / "runs" / "confidence.csv")
-    for row, plain in zip(rows, result_of(settings)["table2"], strict=True):
-        correct = int(right["scar/pretrain.pt"][surest][: plain["kept"]].sum())
-        numbers = [int(row[name]) for name in ("kept", "fgsm_correct", "confidence_correct")]
-        assert numbers == [plain["kept"], plain["kept_correct"], correct]
-
-
 STUDIES = sorted({path.parent.parent for path in HERE.glob("results/*/*/result.json")})
 assert STUDIES
 
@@ -2527,19 +2495,15 @@ def test_results_have_the_tables_and_the_figures_of_their_files(study, tables, t
     assert tables.main([str(tmp_path / "study")]) == 0
     text = (HERE / "results" / "README.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out.strip() in text
-    confidence = read_rows(study / "confidence.csv")
-    assert confidence
-    for folder in {row["run"] for row in confidence}:
-        rows = [row for row in confidence if row["run"] == folder]
-        result = json.loads((study / folder / "result.json").read_text(encoding="utf-8"))
+    for path in study.glob("*/result.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["select"] == "none":  # its theta~ is another run's
+            continue
         title = {"vat": "VAT", "mixmatch": "MixMatch", "fixmatch": "FixMatch"}[result["method"]]
-        for row, table2 in zip(rows, result["table2"], strict=True):
-            numbers = float(row["eps"]), int(row["kept"]), int(row["fgsm_correct"])
-            assert numbers == (table2["eps"], table2["kept"], table2["kept_correct"])
-        kept = [f"{int(row['kept']):,}" for row in rows]
+        kept = [f"{row['kept']:,}" for row in result["table2"]]
         assert f"| {title}: number kept | {' | '.join(kept)} |" in text
-        for name, column in {"FGSM": "fgsm_correct", "confidence": "confidence_correct"}.items():
-            right = [f"{100 * int(row[column]) / int(row['kept']):.2f}" for row in rows]
+        for name, column in {"FGSM": "kept_correct", "confidence": "confidence_correct"}.items():
+            right = [f"{100 * row[column] / row['kept']:.2f}" for row in result["table2"]]
             assert f"| {title}: {name} | {' | '.join(right)} |" in text
 
 
@@ -2610,7 +2574,7 @@ def test_readmes_code_for_a_model_classifies(finished, tmp_path, monkeypatch, ca
 
 def start_run_all(*options, **variables):
     """Starts run_all.sh with these of its variables and no other."""
-    names = "SEEDS EPOCHS DATA DATA_DIR OUT GPUS METHODS CONTROLS PYTHON CONTROL_FOLLOWS".split()
+    names = "SEEDS EPOCHS DATA DATA_DIR OUT GPUS METHODS CONTROLS PYTHON".split()
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment.update({"PYTHON": sys.executable, "LC_ALL": "C.UTF-8", **variables})
     command = ["bash", str(HERE / "run_all.sh"), *map(str, options)]

@@ -2,7 +2,7 @@
 
 Left: test accuracy over epochs, in pretraining and then with SCAR (solid) and in the control
 (dashed). Right: how many of the labels that FGSM keeps are right, over eps (solid), and how many of
-as many labels chosen by confidence (dashed; from confidence.csv, if compare.py has written it).
+as many labels chosen by confidence (dashed).
 """
 
 import csv
@@ -16,12 +16,6 @@ import matplotlib.pyplot as plt
 NAMES = {"vat": "VAT", "mixmatch": "MixMatch", "fixmatch": "FixMatch"}
 COLORS = {"vat": "C0", "mixmatch": "C1", "fixmatch": "C2"}
 SCAR, COMPARED = "-", "--"  # line styles
-
-
-def read_csv(path):
-    """The rows of a CSV file as dictionaries."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def draw_accuracy(axes, result, rows):
@@ -40,9 +34,9 @@ def draw_accuracy(axes, result, rows):
 
 def draw_right_labels(axes, method, rows, correct, style):
     """Draws the share of right labels over eps, in percent; the column `correct` counts them."""
-    rows = [row for row in rows if int(row["kept"]) > 0]
-    eps = [float(row["eps"]) for row in rows]
-    share = [100 * int(row[correct]) / int(row["kept"]) for row in rows]
+    rows = [row for row in rows if row["kept"] > 0]
+    eps = [row["eps"] for row in rows]
+    share = [100 * row[correct] / row["kept"] for row in rows]
     axes.plot(eps, share, style, marker="o", markersize=4, color=COLORS[method])
 
 
@@ -50,18 +44,17 @@ def main(study, target):
     """Reads the runs with SCAR and their controls in the folder `study`, writes the figure."""
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "scar"})
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    confidence = Path(study, "confidence.csv")
-    by_confidence = read_csv(confidence) if confidence.exists() else []
     methods = set()
     for path in sorted(Path(study).glob("*/result.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         if result["select"] not in ("fgsm", "none"):
             continue
         methods.add(result["method"])
-        draw_accuracy(left, result, read_csv(path.with_name("metrics.csv")))
+        with open(path.with_name("metrics.csv"), newline="", encoding="utf-8") as file:
+            draw_accuracy(left, result, list(csv.DictReader(file)))
         if result["args"]["pretrained"] is None:  # each theta~ once
-            draw_right_labels(right, result["method"], result["table2"], "kept_correct", SCAR)
-            rows = [row for row in by_confidence if row["run"] == path.parent.name]
+            rows = result["table2"]
+            draw_right_labels(right, result["method"], rows, "kept_correct", SCAR)
             draw_right_labels(right, result["method"], rows, "confidence_correct", COMPARED)
     if not methods:
         sys.exit(f"error: {study} has no finished runs")

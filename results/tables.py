@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+TITLES = {"cifar10": "CIFAR-10", "cifar10-jpeg": "CIFAR-10 (JPEG)"}  # others have their names
 NAMES = {"vat": "VAT", "mixmatch": "MixMatch", "fixmatch": "FixMatch"}  # in the tables' order
 PAPER_TABLE1 = {  # on CIFAR-10: accuracy without and with SCAR
     "vat": ("85.25", "86.79"),
@@ -74,7 +75,7 @@ def read_run(path):
         "added": (selection["kept_correct"], selection["kept"]),
         "unknown": selection.get("added", selection["kept"]) - selection["kept"],
         "table2": table2,
-        "data": (result["data"], result.get("images", "")),
+        "data": (TITLES.get(result["data"], result["data"]), result.get("images", "")),
         "args": args,
         "where": f"{result['device']}, torch {result['versions']['torch']}",
         "hours": result["seconds"] / 3600,
