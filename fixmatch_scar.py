@@ -48,7 +48,8 @@ from common import WideResNet, fgsm, load_split
 METHOD = "fixmatch"
 TITLE = "FixMatch"
 
-# torchrun starts several processes and tells each one how many there are and its own number
+# torchrun starts several processes and tells each one how many there are and its own number (some
+# clusters set RANK alone, for purposes of their own)
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
 
@@ -70,9 +71,9 @@ def parse_args(argv=None):
     sources = ["cifar10", "cifar100", "svhn", "stl10", "folder", "synthetic"]
     option("--data", default="cifar10", choices=sources, help="images; folder: your own")
     option("--data-dir", default="data", help="folder of the images, or to download them to")
-    option("--image-size", type=int, default=32, help="side in pixels; other images are resized")
+    option("--image-size", type=int, default=32, help="side in pixels, to which images are resized")
     option("--flip", action=on_off, help="mirror images at random; None: yes, except for svhn")
-    option("--num-labeled", type=int, help="labels to use; None: 4000, with unlabeled/ all")
+    option("--num-labeled", type=int, help="labels; None: 4000, or all if there is unlabeled/")
     option("--val", type=int, default=0, help="training images to hold out and score")
 
     option = parser.add_argument_group("Model").add_argument
@@ -84,9 +85,9 @@ def parse_args(argv=None):
     option("--epochs", type=int, default=200, help="epochs of pretraining, and of fine-tuning")
     option("--steps-per-epoch", type=int, default=1024, help="training steps in an epoch")
     option("--batch-size", type=int, default=64, help="labeled images in a training step")
-    option("--lr", type=float, default=0.03, help="learning rate, before its cosine")
+    option("--lr", type=float, default=0.03, help="learning rate; falls along a cosine")
     option("--weight-decay", type=float, default=5e-4, help="L2 on conv and linear weights")
-    option("--seed", type=int, default=0, help="seed of the labeled set and of all that is random")
+    option("--seed", type=int, default=0, help="seed of the labeled set and of all draws")
 
     option = parser.add_argument_group(TITLE).add_argument
     option("--lambda-u", type=float, default=1.0, help="weight of the unlabeled loss")
@@ -114,7 +115,7 @@ def parse_args(argv=None):
     for name, value in vars(args).items():
         least = 1 if name in at_least_1 else 0
         if isinstance(value, (int, float)) and not least <= value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be a number from {least} up: {value}")
+            parser.error(f"--{name.replace('_', '-')} must be a number, at least {least}: {value}")
     if args.ema_decay > 1:
         parser.error(f"--ema-decay must be at most 1: {args.ema_decay}")
     if args.threshold > 1:
@@ -157,8 +158,8 @@ def weak_augment(x, flip=True):
     def source_of(size):
         """int64 [N, size]: for each output row (or column), the input row (or column) it shows."""
         shift = torch.randint(-(size // 8), size // 8 + 1, (n, 1), device=x.device)
-        position = torch.arange(size, device=x.device) + shift
-        return (size - 1) - ((size - 1) - position.abs()).abs()  # -1 -> 1, size -> size - 2
+        position = (torch.arange(size, device=x.device) + shift).abs()  # -1 -> 1
+        return torch.where(position < size, position, 2 * (size - 1) - position)  # size -> size - 2
 
     row = source_of(h)
     column = source_of(w)
@@ -222,7 +223,7 @@ def randaugment_op(x, op, level):
     smooth[:, :, 1:-1, 1:-1] = ((2 * weighted + 13) / 26).floor()
     black = torch.zeros_like(x)
     bases = {"Brightness": black, "Color": gray, "Contrast": mean, "Sharpness": smooth}
-    base, factor = black, torch.ones_like(level)
+    base, factor = black, torch.ones_like(level)  # black + 1 * (x - black) leaves x as it is
     for name, own in bases.items():
         base = torch.where(chosen[name], own, base)
         factor = torch.where(chosen[name], value[name], factor)
@@ -244,13 +245,14 @@ def randaugment_op(x, op, level):
     equalized = ((step // 2 + darker) // step.clamp(min=1)).clamp(max=255)
     table = torch.where(chosen["Equalize"] & (step > 0), equalized, table)
     dropped = 8 - value["Posterize"].long()
-    table = torch.where(chosen["Posterize"], entry >> dropped << dropped, table)
+    table = torch.where(chosen["Posterize"], (entry >> dropped) << dropped, table)
     inverted = chosen["Solarize"] & (entry >= 256 * value["Solarize"])
     table = torch.where(inverted, 255 - entry, table)
     x = table.gather(3, pixels).view(n, 3, h, w).to(torch.uint8)
 
-    # Rotate, Shear, Translate: output pixel (x, y) shows input pixel (ax + by + c, dx + ey + f),
-    # nearest neighbor, pixel centers at .5, in Pillow's 16.16 fixed point; black outside the image
+    # Rotate, Shear, Translate: the output pixel at (column, row) shows the input pixel at
+    # (a * column + b * row + c, d * column + e * row + f): nearest neighbor, pixel centers at .5,
+    # Pillow's 16.16 fixed point, black outside the image
     angle = torch.where(chosen["Rotate"], -torch.deg2rad(value["Rotate"]), 0.0)
     a = angle.cos()
     e = angle.cos()
@@ -310,8 +312,8 @@ def fixmatch_loss(model, x_l, y_l, x_weak, x_strong, threshold, lambda_u):
     logits = model(torch.cat([x_l, x_strong])).float()
     logits_l, logits_strong = logits.tensor_split([len(x_l)])
     # The weak views have a forward pass of their own, without gradient and with their own batch
-    # statistics; the running statistics follow them too. It comes second because, before PyTorch's
-    # pull request 165068, autocast reused the bf16 weights that it had cast without gradient.
+    # statistics. It must come second: before PyTorch's pull request 165068, autocast cached bf16
+    # weights that it had cast without gradient, and reused them in a pass with gradient.
     with torch.no_grad():
         prob = model(x_weak).float().softmax(dim=1)
     confidence, pseudo_label = prob.max(dim=1)
@@ -329,7 +331,10 @@ def fixmatch_loss(model, x_l, y_l, x_weak, x_strong, threshold, lambda_u):
 
 
 def batch_loss(model, x_l, y_l, x_u, lambda_u, args):
-    """FixMatch on uint8 images: augments, then fixmatch_loss. torch.compile compiles this."""
+    """FixMatch on uint8 images: augments, then fixmatch_loss. torch.compile compiles this.
+
+    x_l: uint8 [B, 3, H, W]; y_l: int64 [B]; x_u: uint8 [mu * B, 3, H, W]; lambda_u: 0-dim tensor.
+    """
     x_weak = to_float(weak_augment(x_u, args.flip))
     x_strong = to_float(strong_augment(x_u, args.flip))
     x_l = to_float(weak_augment(x_l, args.flip))
@@ -412,7 +417,23 @@ def evaluate(model, x, y):
     return 100 * int((predict(model, x).argmax(dim=1) == y).sum()) / len(x)
 
 
-# -------------------------------------------------------------- Optimizer, schedule, moving average
+def table2_rows(model, x, y, eps_values):
+    """PAPER's Table 2 on images x with labels y, at each eps in 1/255: selection_stats.
+
+    confidence_correct: right labels among as many images as FGSM keeps, the most confident ones.
+    """
+    logits = predict(model, x)
+    rows = []
+    for eps in sorted(set(eps_values)):
+        keep, pseudo = select_clean(model, x, eps / 255)
+        confident = select_confident(logits, int(keep.sum()))
+        row = {"eps": eps, **selection_stats(keep, pseudo, y)}
+        row["confidence_correct"] = int((confident & (pseudo == y)).sum())
+        rows.append(row)
+    return rows
+
+
+# ----------------------------------------------------- Optimizer, schedule, moving average, batches
 
 
 def make_optimizer(model, args):
@@ -448,11 +469,21 @@ def update_average(average, model, decay):
             old[name].copy_(new[name])
 
 
+def draw_batches(pool, count, size, generator):
+    """Draws `count` batches of `size` entries from pool, int64 [M], reshuffled for each pass.
+
+    Returns int64 [count, size].
+    """
+    passes = math.ceil(count * size / len(pool))
+    order = torch.rand(passes, len(pool), generator=generator, device=pool.device).argsort(dim=1)
+    return pool[order.flatten()[: count * size]].view(count, size)
+
+
 # ---------------------------------------------------------------- The run, the same in every script
 
 
 def main(argv=None):
-    """Runs PAPER's Algorithm 1, or what is left of it; returns the content of result.json."""
+    """Runs PAPER's Algorithm 1, or what an interrupted run left of it; returns result.json."""
     args = parse_args(argv)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # else convolutions use TF32; fgsm needs float32
@@ -462,30 +493,30 @@ def main(argv=None):
         torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot record a CUDA graph
 
     # The images, the labels that training may see (-1 hides the others), the network
+    torch.manual_seed(args.seed)
     try:
         images = load_split(
             args.data, args.data_dir, args.image_size, args.num_labeled, args.val, args.seed
         )
-        torch.manual_seed(args.seed)
         model = WideResNet(len(images.classes), args.depth, args.width)
     except ValueError as error:
         sys.exit(f"error: {error}")
     images = images.to(args.device)
-    args.num_labeled = len(images.labeled)
+    args.num_labeled = len(images.labeled)  # for args.json, where None would say nothing
     unlabeled = images.unlabeled
     labels = torch.full_like(images.y, -1)
     labels[images.labeled] = images.y[images.labeled]
     model = model.to(args.device, memory_format=torch.channels_last)
-    average = copy.deepcopy(model).requires_grad_(False)  # of the weights; it is what is scored
+    average = copy.deepcopy(model).requires_grad_(False)  # the moving average; this is evaluated
 
-    # The folder: another run's is refused, a finished run is printed
+    # The run's folder: another run's is refused, a finished run is printed
     out = Path(args.out)
     theta_file = out / "pretrain.pt"
     settings = {"method": METHOD, **vars(args), "classes": images.classes, "images": images.digest}
     settings["pretrained_weights"] = None
     if args.pretrained is not None:
         theta_file = Path(args.pretrained)
-        settings["pretrained_weights"] = load_pretrained(average, theta_file, settings)
+        settings["pretrained_weights"] = check_pretrained(theta_file, average, settings)
     may_differ = ["device", "out", "data_dir", "compile", "tensorboard", "pretrained"]
     refuse_other_settings(out, settings, [name for name in settings if name not in may_differ])
     if any(out.glob("[!.]*")) and not (out / "args.json").exists():
@@ -508,7 +539,7 @@ def main(argv=None):
     else:
         train("pretrain", model, average, images, labels, args)
         save(weights_of(average), theta_file)
-    theta = fingerprint(average)
+    theta_hash = fingerprint(average)
     pretrain_accuracy = evaluate(average, images.x_test, images.y_test)
     test_logits = predict(average, images.x_test)
     table2 = table2_rows(average, images.x_test, images.y_test, args.table2_eps + [args.eps])
@@ -531,16 +562,16 @@ def main(argv=None):
     save(selection_picture(images, keep, pseudo), out / "selection.png")
     print(f"selection.png: kept, then rejected; its rows: {', '.join(images.classes)}", flush=True)
 
-    # Line 11: training continues from theta~
+    # Lines 2 and 11: training continues from theta~
     model.load_state_dict(average.state_dict())
     rows = train("finetune", model, average, images, labels, args)
 
-    # What the run leaves. Reports alone use the true labels of unlabeled images
+    # What the run leaves. Only reports use the true labels of unlabeled images
     save(weights_of(average), out / "model.pt")
-    kept = labels[unlabeled] >= 0  # in a resumed run this is what it began with
-    pseudo = torch.where(kept, labels[unlabeled], pseudo)
+    added = labels[unlabeled] >= 0  # a resumed run has taken its first labels from the checkpoint
+    pseudo = torch.where(added, labels[unlabeled], pseudo)
     final_logits = predict(average, images.x[unlabeled])
-    save(selection_rows(images, kept, pseudo, logits, final_logits), out / "selection.csv")
+    save(selection_rows(images, added, pseudo, logits, final_logits), out / "selection.csv")
     save(test_rows(images, test_logits, predict(average, images.x_test)), out / "test.csv")
     options = sys.argv[1:] if argv is None else argv
     result = {
@@ -551,14 +582,14 @@ def main(argv=None):
         "select": args.select,
         "eps": args.eps,
         "seed": args.seed,
-        "theta": theta,
+        "theta": theta_hash,
         "pretrain_accuracy": pretrain_accuracy,
         "final_accuracy": rows[-1]["accuracy"],
         "selection": {
             "unlabeled": len(unlabeled),
-            "added": int(kept.sum()),  # the counts below leave out images without a true label
-            **selection_stats(kept, pseudo, images.y[unlabeled]),
-            "kept_per_class": pseudo[kept].bincount(minlength=len(images.classes)).tolist(),
+            "added": int(added.sum()),  # the counts below leave out images without a true label
+            **selection_stats(added, pseudo, images.y[unlabeled]),
+            "kept_per_class": pseudo[added].bincount(minlength=len(images.classes)).tolist(),
         },
         "table2": table2,
         "ms_per_step": float(np.median([row["ms_per_step"] for row in rows])),
@@ -585,11 +616,11 @@ def main(argv=None):
 
 
 def train(phase, model, average, images, labels, args):
-    """Trains for args.epochs with a new optimizer, or for what is left after checkpoint.pt.
+    """Trains for args.epochs with a new optimizer, or goes on after checkpoint.pt.
 
-    phase: "pretrain" or "finetune"; model and average start as they are given; labels: int64 [N],
-    -1 where training may not see one. All three are changed in place. Returns the rows of
-    metrics.csv, of both phases so far.
+    phase: "pretrain" or "finetune"; model, average: where it starts, trained in place; labels:
+    int64 [N], -1 where training may not see one. From a checkpoint of this phase all three are
+    loaded. Returns the rows of metrics.csv, a dictionary an epoch, of both phases so far.
     """
     optimizer = make_optimizer(model, args)
     loss_function = torch.compile(batch_loss) if args.compile else batch_loss
@@ -598,6 +629,7 @@ def train(phase, model, average, images, labels, args):
         """One update. Nothing in it waits for the device, so that a CUDA graph can record it.
 
         index_l, index_u: int64 [B], [mu * B], the images of the step; the rest: 0-dim float32.
+        Returns the loss and the method's metrics, detached scalars.
         """
         x_l, y_l, x_u = images.x[index_l], labels[index_l], images.x[index_u]
         loss, metrics = loss_function(model, x_l, y_l, x_u, lambda_u, args)
@@ -629,11 +661,11 @@ def train(phase, model, average, images, labels, args):
 
         board = SummaryWriter(out)
 
-    step = training_step
+    run_step = training_step
     if args.device == "cuda" and args.compile and WORLD_SIZE == 1:  # not across processes
-        step = capture(training_step)
+        run_step = capture(training_step)
     steps = args.steps_per_epoch
-    labeled = (labels >= 0).nonzero()[:, 0]  # in fine-tuning the kept images too
+    known = (labels >= 0).nonzero()[:, 0]  # the labeled images; in fine-tuning the kept ones too
     for epoch in range(epochs_done + 1, args.epochs + 1):
         started = time.perf_counter()
         model.train()
@@ -645,7 +677,7 @@ def train(phase, model, average, images, labels, args):
         torch.manual_seed(int(augmentation_seed) + RANK)
         generator = torch.Generator(args.device).manual_seed(int(batch_seed))
         batches_u = draw_batches(images.unlabeled, steps, args.mu * args.batch_size, generator)
-        batches_l = draw_batches(labeled, steps, args.batch_size, generator)
+        batches_l = draw_batches(known, steps, args.batch_size, generator)
         batches_u = batches_u[:, RANK::WORLD_SIZE]  # this process's share of each batch
         batches_l = batches_l[:, RANK::WORLD_SIZE]
         rates = []
@@ -653,18 +685,18 @@ def train(phase, model, average, images, labels, args):
             lr, lambda_u = schedule(t, args.epochs * steps, phase, args)
             decay = min(args.ema_decay, (1 + t) / (10 + t))  # warm-up, in each phase
             rates.append((lr, lambda_u, decay))
-        rates_on_device = torch.tensor(rates, device=args.device)
+        rates_on_device = torch.tensor(rates, device=args.device)  # where a CUDA graph reads them
 
         totals = {}
         steps_started = time.perf_counter()
         for i in range(steps):
             lr, lambda_u, decay = rates_on_device[i]
-            metrics = step(batches_l[i], batches_u[i], lr, lambda_u, decay)
+            metrics = run_step(batches_l[i], batches_u[i], lr, lambda_u, decay)
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0) + value
             if sys.stdout.isatty() and i % 10 == 0:
                 print(f"{phase} {epoch}: step {i} of {steps}", end="\033[K\r", flush=True)
-        average_over_processes(list(totals.values()))
+        average_over_processes(list(totals.values()))  # in place
         # float() waits for the device
         means = {name: float(total) / steps for name, total in totals.items()}
         ms_per_step = 1000 * (time.perf_counter() - steps_started) / steps
@@ -693,9 +725,9 @@ def train(phase, model, average, images, labels, args):
         }
         save(checkpoint, out / "checkpoint.pt")
         losses = ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
-        minutes = seconds * (args.epochs - epoch) / 60
+        minutes_left = seconds * (args.epochs - epoch) / 60
         print(f"{phase} {epoch}: {losses}, accuracy {accuracy:.2f} %,", end=" ")
-        print(f"{ms_per_step:.1f} ms a step, {minutes:.0f} min left in this phase", flush=True)
+        print(f"{ms_per_step:.1f} ms a step, {minutes_left:.0f} min left in this phase", flush=True)
         if board is not None:
             for name in row.keys() - {"phase", "epoch"}:
                 board.add_scalar(f"{phase}/{name}", row[name], epoch)
@@ -704,16 +736,6 @@ def train(phase, model, average, images, labels, args):
 
 
 # --------------------------------------------------------- Bookkeeping, the same in every script
-
-
-def draw_batches(pool, count, size, generator):
-    """Draws `count` batches of `size` entries from pool, int64 [M], reshuffled for each pass.
-
-    Returns int64 [count, size].
-    """
-    passes = math.ceil(count * size / len(pool))
-    order = torch.rand(passes, len(pool), generator=generator, device=pool.device).argsort(dim=1)
-    return pool[order.flatten()[: count * size]].view(count, size)
 
 
 def capture(function, warmup_calls=3):
@@ -792,7 +814,7 @@ def save(content, path):
         return
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     if path.suffix == ".pt":
-        with open(temporary, "wb") as file:  # given a path, torch.save hides a full disk
+        with open(temporary, "wb") as file:  # given a path, torch.save does not report a full disk
             torch.save(content, file)
     elif path.suffix == ".csv":
         with open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -819,13 +841,13 @@ def refuse_other_settings(folder, settings, names):
     ]
     if differences:
         sys.exit(
-            f"error: {folder} holds a run with other settings ({'; '.join(differences)}); use the "
-            "same settings, or choose another folder"
+            f"error: {folder} holds a run with other settings ({'; '.join(differences)}); use "
+            "these, or another folder"
         )
 
 
-def load_pretrained(model, path, settings):
-    """Loads another run's theta~ into the model and returns a hash of it.
+def check_pretrained(path, model, settings):
+    """Loads another run's theta~ into the model and returns its hash.
 
     Exits with a sentence if it is of another network, other images or another split than those in
     settings, which are this run's, as in args.json.
@@ -839,22 +861,6 @@ def load_pretrained(model, path, settings):
     if not (path.parent / "args.json").exists():
         print(f"No args.json beside {path}: whether it had the same images cannot be checked")
     return fingerprint(model)
-
-
-def table2_rows(model, x, y, eps_values):
-    """PAPER's Table 2 on images x with labels y, at each eps in 1/255: selection_stats.
-
-    confidence_correct: right labels among as many images as FGSM keeps, the most confident ones.
-    """
-    logits = predict(model, x)
-    rows = []
-    for eps in sorted(set(eps_values)):
-        keep, pseudo = select_clean(model, x, eps / 255)
-        confident = select_confident(logits, int(keep.sum()))
-        row = {"eps": eps, **selection_stats(keep, pseudo, y)}
-        row["confidence_correct"] = int((confident & (pseudo == y)).sum())
-        rows.append(row)
-    return rows
 
 
 def selection_rows(images, kept, label, logits, final_logits):

@@ -22,6 +22,7 @@ import struct
 import subprocess
 import sys
 import time
+import weakref
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -1815,19 +1816,29 @@ def test_rank_without_world_size_counts_for_nothing(monkeypatch):
 def cuda_graph(monkeypatch):
     """CUDA graphs on a CPU. While one records, a function may note how to compute its outputs.
 
-    notes: what replay() calls; recorded: an entry for each recording; recording: while it lasts.
+    notes: what replay() calls; recorded: an entry for each recording; recording: while it lasts. A
+    graph must be gone, and with it its memory, when the next one is recorded.
     """
     seen = SimpleNamespace(notes=[], recorded=[], recording=False)
+    graphs = weakref.WeakSet()
+
+    class Graph:
+        def __init__(self):
+            graphs.add(self)
+
+        def replay(self):
+            for compute in seen.notes:
+                compute()
 
     @contextlib.contextmanager
     def graph(graph, stream):
+        assert list(graphs) == [graph]
         seen.recorded.append(stream)
         seen.recording = True
         yield
         seen.recording = False
 
-    replay = SimpleNamespace(replay=lambda: [compute() for compute in seen.notes])
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: replay)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "a stream")
     monkeypatch.setattr(torch.cuda, "graph", graph)
     return seen
