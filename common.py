@@ -85,7 +85,7 @@ class WideResNet(nn.Module):
 
 # ----------------------------------------------------------------------- The images and their split
 
-BENCHMARKS = {  # torchvision's class, its words for training and test images, what it downloads
+BENCHMARKS = {  # torchvision's class, what selects its training and test images, what it downloads
     "cifar10": (CIFAR10, True, False, "cifar-10-python.tar.gz"),
     "cifar100": (CIFAR100, True, False, "cifar-100-python.tar.gz"),
     "svhn": (SVHN, "train", "test", "train_32x32.mat and test_32x32.mat"),
@@ -125,7 +125,7 @@ def load_split(data, data_dir, size=32, num_labeled=None, val=0, seed=0):
     equally many of each class, to hold out and score in place of the test set.
     Raises ValueError with one sentence that says what is wrong and what to do.
     """
-    print(f"Reading the images of {data_dir if data == 'folder' else data}", flush=True)
+    print(f"Reading the images of {data} ({data_dir})", flush=True)
     (x, y, x_test, y_test), (names, names_test, classes, left_out) = _load(data, data_dir, size)
     sha = hashlib.sha256(json.dumps([classes, names, names_test]).encode())
     for tensor in (x, y, x_test, y_test):
@@ -160,6 +160,43 @@ def load_split(data, data_dir, size=32, num_labeled=None, val=0, seed=0):
         if absent and -1 not in present:  # an image without a label may be of any class
             print(f"Classes without {kind} images: {len(absent)} ({', '.join(absent[:5])})")
     return Images(x, y, labeled, unlabeled, x_test, y_test, names, names_test, classes, digest)
+
+
+def split_labeled(y, num_labeled, seed, classes=None, option="--num-labeled"):
+    """Chooses the images whose labels training may see: (labeled_idx, unlabeled_idx).
+
+    y: int64 [N], -1 where there is no label. Returns two ascending int64 tensors on the CPU,
+    disjoint, together 0 .. N - 1. Each class gets num_labeled // C labels; if that leaves a
+    remainder, randomly chosen classes get one more. Where some images have no label, num_labeled
+    may be the number of all labels; then all are taken, however uneven, if each class has one.
+    Raises ValueError where that is impossible, naming the class (by `classes`; without them C is
+    the largest label + 1) and the option that asked for the images (`option`).
+    """
+    y = y.cpu()
+    counts = torch.bincount(y[y >= 0], minlength=len(classes or []))
+    num_classes, total = len(counts), int(counts.sum())
+    if num_labeled < num_classes:
+        raise ValueError(f"{option} {num_labeled} is too few: there are {num_classes} classes")
+    if num_labeled > total:
+        raise ValueError(f"{option} {num_labeled} is too many: {total} labels are available")
+    if num_labeled == len(y):
+        raise ValueError(f"{option} {num_labeled} leaves no unlabeled image: {total - 1} at most")
+    generator = torch.Generator().manual_seed(seed)
+    quota = torch.full((num_classes,), num_labeled // num_classes)
+    quota[torch.randperm(num_classes, generator=generator)[: num_labeled % num_classes]] += 1
+    if num_labeled == total:
+        quota = counts.clamp(min=1)
+    labeled = torch.zeros(len(y), dtype=torch.bool)
+    for label in range(num_classes):
+        if counts[label] < quota[label]:
+            name = classes[label] if classes else label
+            raise ValueError(
+                f"{option} {num_labeled} takes {quota[label]} of class {name}, which has "
+                f"{counts[label]}: lower the number, or add images"
+            )
+        members = torch.nonzero(y == label).squeeze(1)
+        labeled[members[torch.randperm(len(members), generator=generator)[: quota[label]]]] = True
+    return torch.nonzero(labeled).squeeze(1), torch.nonzero(~labeled).squeeze(1)
 
 
 def load_images(data, data_dir, size=32):
@@ -225,7 +262,8 @@ def _read_benchmark(data, data_dir, test):
         ) from None
     x = torch.from_numpy(dataset.data)
     if x.shape[3] == 3:  # CIFAR's channels come last
-        x = x.permute(0, 3, 1, 2).contiguous()
+        x = x.permute(0, 3, 1, 2)
+    x = x.contiguous()  # SVHN and STL-10 come with other strides
     y = dataset.targets if hasattr(dataset, "targets") else dataset.labels
     y = torch.as_tensor(y, dtype=torch.int64)
     return x, y, getattr(dataset, "classes", list("0123456789"))  # SVHN's digits have no names
@@ -430,43 +468,6 @@ def _draw_shapes(count):
     noise = 12 * rng.standard_normal((count, 3, 32, 32), dtype=np.float32)
     images = np.clip(background + cover * brighter + noise, 0, 255).astype(np.uint8)
     return torch.from_numpy(images), torch.from_numpy(label)
-
-
-def split_labeled(y, num_labeled, seed, classes=None, option="--num-labeled"):
-    """Chooses the images whose labels training may see: (labeled_idx, unlabeled_idx).
-
-    y: int64 [N], -1 where there is no label. Returns two ascending int64 tensors on the CPU,
-    disjoint, together 0 .. N - 1. Each class gets num_labeled // C labels; if that leaves a
-    remainder, randomly chosen classes get one more. Where some images have no label, num_labeled
-    may be the number of all labels; then all are taken, however uneven, if each class has one.
-    Raises ValueError where that is impossible, naming the class (by `classes`; without them C is
-    the largest label + 1) and the option that asked for the images (`option`).
-    """
-    y = y.cpu()
-    counts = torch.bincount(y[y >= 0], minlength=len(classes or []))
-    num_classes, total = len(counts), int(counts.sum())
-    if num_labeled < num_classes:
-        raise ValueError(f"{option} {num_labeled} is too few: there are {num_classes} classes")
-    if num_labeled > total:
-        raise ValueError(f"{option} {num_labeled} is too many: {total} labels are available")
-    if num_labeled == len(y):
-        raise ValueError(f"{option} {num_labeled} leaves no unlabeled image: {total - 1} at most")
-    generator = torch.Generator().manual_seed(seed)
-    quota = torch.full((num_classes,), num_labeled // num_classes)
-    quota[torch.randperm(num_classes, generator=generator)[: num_labeled % num_classes]] += 1
-    if num_labeled == total:
-        quota = counts.clamp(min=1)
-    labeled = torch.zeros(len(y), dtype=torch.bool)
-    for label in range(num_classes):
-        if counts[label] < quota[label]:
-            name = classes[label] if classes else label
-            raise ValueError(
-                f"{option} {num_labeled} takes {quota[label]} of class {name}, which has "
-                f"{counts[label]}: lower the number, or add images"
-            )
-        members = torch.nonzero(y == label).squeeze(1)
-        labeled[members[torch.randperm(len(members), generator=generator)[: quota[label]]]] = True
-    return torch.nonzero(labeled).squeeze(1), torch.nonzero(~labeled).squeeze(1)
 
 
 # --------------------------------------------------------------------------------------- The attack

@@ -49,7 +49,7 @@ METHOD = "fixmatch"
 TITLE = "FixMatch"
 
 # torchrun starts several processes and tells each one how many there are and its own number (some
-# clusters set RANK alone, for purposes of their own)
+# clusters set RANK alone, for other purposes)
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
 
@@ -84,14 +84,14 @@ def parse_args(argv=None):
     option = parser.add_argument_group("Training").add_argument
     option("--epochs", type=int, default=200, help="epochs of pretraining, and of fine-tuning")
     option("--steps-per-epoch", type=int, default=1024, help="training steps in an epoch")
-    option("--batch-size", type=int, default=64, help="labeled images in a training step")
+    option("--batch-size", type=int, default=64, help="labeled images per training step")
     option("--lr", type=float, default=0.03, help="learning rate; falls along a cosine")
     option("--weight-decay", type=float, default=5e-4, help="L2 on conv and linear weights")
     option("--seed", type=int, default=0, help="seed of the labeled set and of all draws")
 
     option = parser.add_argument_group(TITLE).add_argument
     option("--lambda-u", type=float, default=1.0, help="weight of the unlabeled loss")
-    option("--mu", type=int, default=7, help="unlabeled images per labeled image in a step")
+    option("--mu", type=int, default=7, help="unlabeled images per labeled one in a step")
     option("--threshold", type=float, default=0.95, help="least confidence of a pseudo-label")
 
     option = parser.add_argument_group("SCAR").add_argument
@@ -99,7 +99,7 @@ def parse_args(argv=None):
     table2_eps = [1.0, 2.0, 3.0, 4.0, 6.0]
     option("--eps", type=float, default=1.0, help="step of FGSM, in 1/255; 0 keeps all images")
     option("--select", default="fgsm", choices=selections, help="what to add; none: the control")
-    option("--table2-eps", type=float, nargs="+", default=table2_eps, help="as --eps, in Table 2")
+    option("--table2-eps", type=float, nargs="+", default=table2_eps, help="eps in Table 2")
     option("--pretrained", help="start at the selection, from an earlier run's pretrain.pt")
 
     option = parser.add_argument_group("Run").add_argument
@@ -108,7 +108,7 @@ def parse_args(argv=None):
     option("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU, if any")
     option("--precision", default="auto", choices=precisions, help="auto: bf16 if the GPU has it")
     option("--compile", action=on_off, help="torch.compile and a CUDA graph; None: on a GPU")
-    option("--tensorboard", action="store_true", help="write TensorBoard events, too")
+    option("--tensorboard", action="store_true", help="also write TensorBoard events")
 
     args = parser.parse_args(argv)
     at_least_1 = "image_size width epochs steps_per_epoch batch_size mu".split()
@@ -455,8 +455,9 @@ def schedule(step, total_steps, phase, args):
 def update_average(average, model, decay):
     """average = decay * average + (1 - decay) * model, in place; integer buffers are copied.
 
-    decay: float or 0-dim tensor. Batch-norm statistics are averaged too. The foreach functions take
-    all tensors at once: a few kernels on a GPU instead of hundreds.
+    average, model: two modules of one architecture; decay: float or 0-dim tensor. Batch-norm
+    statistics are averaged too. state_dict has the tensors themselves, not copies. The foreach
+    functions take all of them at once: a few kernels on a GPU instead of hundreds.
     """
     old, new = average.state_dict(), model.state_dict()
     floats = [name for name in old if old[name].is_floating_point()]
@@ -546,10 +547,10 @@ def main(argv=None):
 
     # Lines 5 to 8: theta~ labels every unlabeled image, and those whose label withstands FGSM are
     # kept. PAPER selects in every epoch, but theta~ is fixed, so one selection serves them all
-    print(f"Attacking the {len(unlabeled):,} unlabeled images", flush=True)
+    print(f"Selecting from the {len(unlabeled):,} unlabeled images", flush=True)
     keep, pseudo = select_clean(average, images.x[unlabeled], args.eps / 255)
     logits = predict(average, images.x[unlabeled])
-    if args.select == "confidence":  # the rival: as many images, the most confident
+    if args.select == "confidence":  # the baseline: as many images, the most confident
         keep = select_confident(logits, int(keep.sum()))
     elif args.select == "none":  # the control
         keep = torch.zeros_like(keep)
@@ -568,12 +569,14 @@ def main(argv=None):
 
     # What the run leaves. Only reports use the true labels of unlabeled images
     save(weights_of(average), out / "model.pt")
-    added = labels[unlabeled] >= 0  # a resumed run has taken its first labels from the checkpoint
+    added = labels[unlabeled] >= 0  # what training used: if resumed, the checkpoint's labels
     pseudo = torch.where(added, labels[unlabeled], pseudo)
     final_logits = predict(average, images.x[unlabeled])
     save(selection_rows(images, added, pseudo, logits, final_logits), out / "selection.csv")
     save(test_rows(images, test_logits, predict(average, images.x_test)), out / "test.csv")
     options = sys.argv[1:] if argv is None else argv
+    modules = {"torch": torch, "torchvision": torchvision, "numpy": np, "pillow": PIL}
+    versions = {name: module.__version__ for name, module in modules.items()}
     result = {
         "method": METHOD,
         "data": data_name(args),
@@ -597,13 +600,7 @@ def main(argv=None):
         "peak_memory_gib": None,
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)",
         "ranks": WORLD_SIZE,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
-        },
+        "versions": {"python": platform.python_version(), **versions},
         "command": shlex.join(["python", script.name] + options),
         "args": vars(args),
     }
@@ -670,7 +667,7 @@ def train(phase, model, average, images, labels, args):
         started = time.perf_counter()
         model.train()
         # All draws of an epoch follow from (seed, phase, epoch), so a resumed run repeats them.
-        # Batches have a generator of their own, alike in all processes. Unlabeled ones are drawn
+        # Batches have a generator of their own, the same in all processes. Unlabeled ones are drawn
         # first, so that they do not depend on the labeled set: a run and its control share them.
         epoch_seed = np.random.SeedSequence([args.seed, int(phase == "finetune"), epoch])
         augmentation_seed, batch_seed = epoch_seed.generate_state(2)
@@ -701,7 +698,7 @@ def train(phase, model, average, images, labels, args):
         means = {name: float(total) / steps for name, total in totals.items()}
         ms_per_step = 1000 * (time.perf_counter() - steps_started) / steps
         if not math.isfinite(means["loss"]):
-            sys.exit(f"error: {phase} {epoch}: loss is nan or inf; lower --lr, change --out")
+            sys.exit(f"error: {phase} {epoch}: loss is nan or inf; lower --lr, with another --out")
 
         accuracy = evaluate(average, images.x_test, images.y_test)
         seconds = time.perf_counter() - started
@@ -739,10 +736,11 @@ def train(phase, model, average, images, labels, args):
 
 
 def capture(function, warmup_calls=3):
-    """Turns a function of tensors into a CUDA graph; each call overwrites the last one's result.
+    """Turns a function of tensors into a CUDA graph. The current stream must not be the default.
 
     The first calls run normally: they compile, let cuDNN choose its algorithms and create the
-    optimizer's state, none of which a graph can record.
+    optimizer's state, none of which a graph can record. The next one records the function. Each
+    call from then on replays it on a copy of its inputs and overwrites the last one's result.
     """
     graph = torch.cuda.CUDAGraph()
     calls = 0
@@ -767,7 +765,7 @@ def capture(function, warmup_calls=3):
 
 
 def join_processes(device):
-    """Makes this process one of torchrun's, on a GPU of its own; only the first one prints."""
+    """Joins torchrun's process group, with a GPU of its own; only process 0 prints."""
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group()
@@ -841,8 +839,8 @@ def refuse_other_settings(folder, settings, names):
     ]
     if differences:
         sys.exit(
-            f"error: {folder} holds a run with other settings ({'; '.join(differences)}); use "
-            "these, or another folder"
+            f"error: {folder} holds a run with other settings ({'; '.join(differences)}); use its "
+            "settings, or another folder"
         )
 
 
@@ -904,7 +902,7 @@ def rows_of(columns):
 
 
 def selection_picture(images, keep, pseudo):
-    """Shows, in a row for each pseudo-label, up to 8 kept and, right of them, 8 rejected images.
+    """Shows, in a row for each pseudo-label, up to 8 kept images, a gap, and up to 8 rejected ones.
 
     keep: bool [N], pseudo: int64 [N], for the unlabeled images. They are drawn at random. Frames
     are green where the label is right, red where it is wrong, gray where the true label is not

@@ -1515,6 +1515,23 @@ def test_a_run_goes_on_with_what_changes_no_result(other, unfinished, finished, 
     assert args.read_text() == before and script.read_text() == "as it was"
 
 
+def test_a_resumed_run_keeps_and_reports_the_labels_that_it_began_with(unfinished, finished):
+    """Another device may select other images, and label them otherwise."""
+    settings = unfinished(vat_scar)
+    path = Path(settings["out"], "checkpoint.pt")
+    checkpoint, rows = torch.load(path), read_rows(path.with_name("selection.csv"))
+    split = load_split("folder", settings["data_dir"], 16, settings["num_labeled"])
+    one, other = [i for i, row in enumerate(rows) if row["kept"] == "1"][:2]
+    label = (split.classes.index(rows[other]["label"]) + 1) % 5
+    checkpoint["labels"][split.unlabeled[one]] = -1
+    checkpoint["labels"][split.unlabeled[other]] = label
+    torch.save(checkpoint, path)
+    result = run(vat_scar, settings)
+    assert result["selection"]["added"] == result_of(finished(vat_scar))["selection"]["added"] - 1
+    rows[one]["kept"], rows[other]["label"] = "0", split.classes[label]
+    assert read_rows(path.with_name("selection.csv")) == rows
+
+
 # ---------------------------------------------------------------------------------- what is refused
 
 
@@ -2158,8 +2175,9 @@ def stand_in(name, kind, monkeypatch):
 
 
 def dataset(count=8, layout=(0, 1, 2, 3), labels="labels", **more):
-    """What torchvision's classes read, with random images."""
+    """What torchvision's classes read, with random images, and with SVHN's strides."""
     x = np.random.default_rng(0).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
+    x = x.swapaxes(2, 3).copy().swapaxes(2, 3)
     more[labels] = np.arange(count) % 10
     return SimpleNamespace(data=x.transpose(layout), **more)
 
