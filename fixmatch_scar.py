@@ -230,7 +230,7 @@ def randaugment_op(x, op, level):
     x = (base + factor.float() * (x - base)).to(torch.uint8)
 
     # AutoContrast, Equalize, Posterize, Solarize: a table of 256 values per image and channel
-    pixels = x.view(n, 3, 1, h * w).long()
+    pixels = x.reshape(n, 3, 1, h * w).long()
     entry = torch.arange(256, device=x.device).expand(n, 3, 1, 256)
     table = entry  # each value stays as it is
     low, high = pixels.amin(3, keepdim=True), pixels.amax(3, keepdim=True)
