@@ -417,7 +417,7 @@ def _read_image(path, size):
     with Image.open(path) as image:
         if image.mode.startswith(("I", "F")):  # Pillow would clip their values at 255
             raise ValueError("more than 8 bits a channel")
-        ImageOps.exif_transpose(image, in_place=True)
+        image = ImageOps.exif_transpose(image)
         if "A" in image.getbands() or "transparency" in image.info:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))

@@ -842,8 +842,10 @@ def selection_picture(images, keep, pseudo):
         for first, group in ((0, keep), (9, ~keep)):
             members = order[(group & (pseudo == label))[order]]
             for i, n in enumerate(members[:8].tolist()):
-                color = (0, 128, 0) if y[n] == label else (255, 0, 0)
-                if y[n] < 0:
+                color = (255, 0, 0)
+                if y[n] == label:
+                    color = (0, 128, 0)
+                elif y[n] < 0:
                     color = (128, 128, 128)
                 tile = tiles[label, first + i]
                 tile[:] = torch.tensor(color)[:, None, None]
