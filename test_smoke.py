@@ -1699,10 +1699,15 @@ def test_a_folder_that_holds_no_run_is_refused_unless_it_seems_empty(tiny, tmp_p
 @pytest.mark.parametrize("fault", ["cut off", "empty", "pickled code"])
 @pytest.mark.parametrize("name", ["checkpoint.pt", "args.json", "pretrain.pt", "a theta"])
 def test_a_damaged_file_ends_a_run_and_is_left_alone(name, fault, unfinished, tmp_path, capsys):
-    """The error is torch's or json's, but for another run's theta~."""
+    """The error is torch's or json's, but for another run's theta~. Pickled code is not run."""
+
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
     settings = unfinished(vat_scar)
     path = Path(settings["out"], name.replace("a theta", "pretrain.pt"))
-    torch.save(SimpleNamespace(), tmp_path / "code")  # unpickled, it could run anything
+    torch.save(Code(), tmp_path / "code")
     damaged = {"cut off": path.read_bytes()[: path.stat().st_size // 2], "empty": b""}
     damaged["pickled code"] = (tmp_path / "code").read_bytes()
     path.write_bytes(damaged[fault])
@@ -1711,7 +1716,8 @@ def test_a_damaged_file_ends_a_run_and_is_left_alone(name, fault, unfinished, tm
         assert f"{path} holds no weights" in refusal(capsys, vat_scar, settings)
     with pytest.raises((Exception, SystemExit)):
         run(vat_scar, settings)
-    assert path.read_bytes() == damaged[fault] and not (tmp_path / "new").exists()
+    assert path.read_bytes() == damaged[fault]
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "new").exists()
 
 
 # ------------------------------------------------------------------------- several processes as one
