@@ -95,7 +95,7 @@ def parse_args(argv=None):
     option("--lambda-u", type=float, default=0.3, help="weight of the unlabeled loss, once risen")
     option("--vat-eps", type=float, default=3.0, help="L2 length of VAT's perturbation")
     option("--xi", type=float, default=1.0, help="length of the step that probes for its direction")
-    option("--power-iterations", type=int, default=1, help="steps that refine it; 0: it stays random")
+    option("--power-iterations", type=int, default=1, help="iterations for it; 0: random")
     option("--entropy-weight", type=float, default=0.0, help="weight of the predictions' entropy")
 
     option = parser.add_argument_group("SCAR").add_argument
