@@ -2290,43 +2290,59 @@ def tables():
     return module_at(HERE / "results" / "tables.py")
 
 
-def counts(right, kept, wrong, rejected):
-    return {"kept": kept, "kept_correct": right, "rejected": rejected, "rejected_wrong": wrong}
+def counts(right, kept, wrong, rejected, **more):
+    named = {"kept": kept, "kept_correct": right, "rejected": rejected, "rejected_wrong": wrong}
+    return {**named, **more}
 
 
-def write_run(root, name, before, after, theta=None, args=(), **changes):
-    """The result.json of a finished FixMatch run, from the pretraining of the run called theta."""
+def accuracy(right):
+    return 100 * right.count("1") / len(right)
+
+
+def write_run(root, name, before, after, args=(), **changes):
+    """What a finished FixMatch run leaves for the tables, on images that are named by two classes.
+
+    before, after: a 1 for each image that theta~, the final model, took for what it is, or a 0.
+    """
     # fmt: off
     settings = {
-        "num_labeled": 40, "depth": 10, "width": 1, "epochs": 2, "steps_per_epoch": 3, "val": 0,
-        "batch_size": 4, "image_size": 32, "lr": 0.03, "pretrained": None,
+        "data": "cifar10", "num_labeled": 4000, "depth": 28, "width": 2, "epochs": 2, "val": 0,
+        "lr": 0.03, "seed": 0, "out": name, "pretrained": None,
     }
-    if theta is not None:
-        settings["pretrained"] = f"elsewhere/{theta}/pretrain.pt"
     result = {
-        "method": "fixmatch", "theta": f"the hash of {theta or name}'s", "data": "CIFAR-10",
-        "select": "fgsm", "eps": 1.0, "seed": 0, "pretrain_accuracy": before,
-        "final_accuracy": after, "selection": counts(40, 50, 0, 0),
-        "table2": [{"eps": 1.0, **counts(9, 10, 2, 8)}], "device": "a CPU", "ranks": 1,
-        "seconds": 1800, "versions": {"torch": "2.11"}, "args": {**settings, **dict(args)},
+        "method": "fixmatch", "data": "cifar10", "images": "a hash", "scored_on": "test",
+        "select": "fgsm", "eps": 1.0, "seed": 0, "theta": before,
+        "pretrain_accuracy": accuracy(before), "final_accuracy": accuracy(after),
+        "selection": counts(40, 50, 0, 0, added=50),
+        "table2": [{"eps": 1.0, **counts(9, 10, 2, 8, confidence_correct=8)}],
+        "device": "a CPU", "ranks": 1, "seconds": 1800, "versions": {"torch": "2.11"},
+        "args": {**settings, **dict(args)},
     }
     # fmt: on
-    (root / name).mkdir(parents=True, exist_ok=True)
-    (root / name / "result.json").write_text(json.dumps({**result, **changes}))
+    folder = root / name
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({**result, **changes}))
+    lines = ["file,true_label,label,final_label"]
+    for n, (first, last) in enumerate(zip(before, after)):
+        true = "ab"[n % 2]
+        wrong = "ba"[n % 2]
+        lines.append(f"{n}.png,{true},{(wrong, true)[int(first)]},{(wrong, true)[int(last)]}")
+    (folder / "test.csv").write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture
 def made(tables, tmp_path, capsys):
-    """Runs tables.py over tmp_path: its exit code, what it printed, the cells of its tables."""
+    """Runs tables.py over tmp_path: its exit code, what it printed, the rows of its tables."""
 
     def make():
         code = tables.main([str(tmp_path)])
         printed = capsys.readouterr()
-        rows = {}
+        rows, heading = {}, []
         for line in printed.out.splitlines():
-            if line.startswith("|") and "---" not in line:
-                first, *cells = line[1:-1].split("|")
-                rows[first.strip()] = [cell.strip() for cell in cells]
+            if line.startswith("| "):
+                cells = [cell.strip() for cell in line[1:-1].split("|")]
+                heading = cells if cells[0].startswith("Table") else heading
+                rows[cells[0]] = dict(zip(heading[1:], cells[1:]))
         return SimpleNamespace(code=code, text=printed.out, errors=printed.err, rows=rows)
 
     return make
@@ -2336,39 +2352,51 @@ SCAR = "FixMatch + SCAR (eps 1)"
 CONTROL = "FixMatch + nothing (control)"
 
 
-def test_tables_have_means_and_deviations_over_seeds(tmp_path, made):
-    """80, 82, 90: mean 84, sqrt((16 + 4 + 36) / 2) = 5.29. 84, 85, 99: 89.33 and 8.39. Gains are of
-    each seed: 4, 3, 9 over pretraining; 84 - 82 and 85 - 84 over the control, which the third one
-    lacks. Of labels added 40, 41, 45 of 50 are right; of 10 kept 6, 7, 9; of 20 rejected 5, 4, 2
-    are wrong. What the control measured of theta~ does not count, nor does its eps."""
-    for seed, before, scar, control in ((0, 80, 84, 82), (1, 82, 85, 84), (2, 90, 99, None)):
-        selection = counts([40, 41, 45][seed], 50, 0, 0)
-        table2 = [{"eps": 1.0, **counts([6, 7, 9][seed], 10, [5, 4, 2][seed], 20)}]
-        more = {"seed": seed, "table2": table2, "selection": selection}
-        write_run(tmp_path, f"scar{seed}", before, scar, **more)
-        if control is not None:
-            more = {"theta": f"scar{seed}", "select": "none", "seed": seed, "eps": 1.0 + seed}
-            write_run(tmp_path, f"control{seed}", before, control, **more)
+def test_tables_have_means_deviations_and_gains_paired_by_theta(tmp_path, made):
+    """Of ten images theta~ has 5, 4, 6 right, SCAR 8, 5, 5, the control 7 and 4; seed 10 has none.
+
+    SCAR over theta~: 3 images and none the other way, 2 and 1, 0 and 1, so z = 3 / sqrt(3) and so
+    on. Over the control 2 and 1, 2 and 1. The control over theta~: 2 and 0, 0 and 0.
+    """
+    theta = {0: "1111100000", 3: "1111000000", 10: "1111110000"}
+    scar = {0: "1111111100", 3: "0111110000", 10: "1111100000"}
+    control = {0: "1111110010", 3: "1111000000"}
+    # right and kept; right by confidence; wrong and rejected
+    table2 = {0: (9, 10, 10, 1, 2), 3: (15, 20, 10, 1, 4), 10: (30, 30, 15, 0, 0)}
+    added = {0: (40, 50), 3: (30, 40), 10: (45, 45)}
+    for seed in theta:
+        right, kept, confident, wrong, rejected = table2[seed]
+        row = {"eps": 1.0, **counts(right, kept, wrong, rejected, confidence_correct=confident)}
+        selection = counts(*added[seed], 0, 0, added=added[seed][1])
+        more = {"seed": seed, "table2": [row]}
+        write_run(tmp_path, f"scar{seed}", theta[seed], scar[seed], selection=selection, **more)
+        if seed in control:
+            more |= {"select": "none", "eps": 1.0 + seed, "selection": counts(0, 0, 0, 0, added=0)}
+            write_run(tmp_path, f"{9 - seed}control", theta[seed], control[seed], **more)
     result = made()
-    assert result.rows["FixMatch"] == ["94.13", "84.00 ± 5.29 (n = 3)", "", "", ""]
-    assert result.rows[SCAR] == [
-        "95.17",
-        "89.33 ± 8.39 (n = 3)",
-        "+5.33 ± 3.21 (n = 3)",
-        "+1.50 ± 0.71 (n = 2)",
-        "84.00 ± 5.29 (n = 3), on average 42.0/50.0",
-    ]
-    gain = "+2.00 ± 0.00 (n = 2)"
-    assert result.rows[CONTROL] == ["", "83.00 ± 1.41 (n = 2)", gain, "", ""]
-    assert result.rows["FixMatch (eps 1)"] == [
-        "99.59 (6385/6411)",
-        "15.63 (561/3589)",
-        "73.33 ± 15.28 (n = 3), on average 7.3/10.0",
-        "18.33 ± 7.64 (n = 3), on average 3.7/20.0",
-    ]
-    assert re.search(r"left out of the gain over control, .*: scar2\n", result.text)
-    assert "- FixMatch: lr 0.03, ranks 1; seeds 0 1 2\n" in result.text
-    assert result.text.endswith("- 2.5 hours on a CPU, torch 2.11\n") and result.code == 0
+    assert result.code == 0 and not result.errors
+    assert result.rows["FixMatch"] == {
+        "seeds": "0 3 10", "paper": "94.13", "ours": "50.00 ± 10.00", "gain over pretraining": "",
+        "z": "", "gain over control": "", "labels added": "", "right (%)": "",
+    }  # fmt: skip
+    heading = "| Table 1: accuracy (%) | seeds | paper | ours | gain over pretraining | z |"
+    assert f"{heading} gain over control | z | labels added | right (%) |\n" in result.text
+    line = "| 0 3 10 | 95.17 | 60.00 ± 17.32 | 10.00 ± 20.00 | 1.7, 0.6, -1.0 |"
+    line += " 10.00 ± 0.00 | 0.6, 0.6 | 45 ± 5 | 85.00 ± 13.23 |"
+    assert f"| {SCAR} {line}\n" in result.text
+    line = "| 0 3 |  | 55.00 ± 21.21 | 10.00 ± 14.14 | 1.4, 0.0 |  |  | 0 ± 0 |  |"
+    assert f"| {CONTROL} {line}\n" in result.text
+    assert result.rows["FixMatch (eps 1)"] == {
+        "seeds": "0 3 10",
+        "sensitivity, paper": "99.59 (6385/6411)",
+        "specificity, paper": "15.63 (561/3589)",
+        "images kept": "20 ± 10",
+        "right among kept (%): sensitivity": "88.33 ± 12.58",
+        "right among as many by confidence (%)": "66.67 ± 28.87",
+        "wrong among rejected (%): specificity": "37.50 ± 17.68",
+    }
+    assert "- FixMatch: no control has the theta~ of scar10\n" in result.text
+    assert re.search(r"- FixMatch: .*lr 0.03, .*; 2.5 hours on a CPU, torch 2.11\n", result.text)
     assert (tmp_path / "tables.md").read_text(encoding="utf-8") == result.text
 
 
@@ -2386,126 +2414,84 @@ PAPER = {  # Table 1 without and with SCAR, Table 2 by eps
 }
 
 
-def test_rows_are_in_the_papers_order_beside_its_figures(tmp_path, made):
-    """Controls have none. Of each method: nothing added, all, SCAR's, the most confident."""
-    expected, table2, controls = {}, [], {"eps": 5.0, **counts(1, 2, 3, 4)}
+@pytest.mark.parametrize(
+    "other", [{}, {"data": "folder"}, {"num_labeled": 250}, {"depth": 10}, {"width": 1}], ids=str
+)
+def test_rows_are_in_the_papers_order_beside_its_figures_if_its_settings_are_the_same(
+    other, tmp_path, made
+):
+    """Of each method: theta~, the control, every pseudo-label, SCAR, the most confident."""
+    expected, table2 = {}, []
     for name in ("VAT", "MixMatch", "FixMatch"):
-        write_run(tmp_path, name, 80, 84, method=name.lower(), table2=[
-            {"eps": eps, **counts(9, 10, 2, 8)} for eps in (6.0, 4.0, 3.0, 2.0, 1.0)
-        ])  # fmt: skip
+        wanted = [{"eps": eps, **counts(9, 10, 2, 8, confidence_correct=8)} for eps in (6, 3, 2)]
+        few = [{"eps": eps, **counts(9, 10, 2, 8, confidence_correct=8)} for eps in (1, 4)]
+        more = {"method": name.lower(), "args": other}
+        write_run(tmp_path, name, "10", "11", table2=wanted, **more)
         for select, eps in (("confidence", 1.0), ("none", 1.0), ("fgsm", 0.0), ("fgsm", 4.0)):
-            more = {"theta": name, "select": select, "eps": eps, "method": name.lower()}
-            write_run(tmp_path, f"{name}-{select}{eps}", 80, 85, table2=[controls], **more)
+            run = f"{name}-{select}{eps}"
+            write_run(tmp_path, run, "10", "11", select=select, eps=eps, table2=few, **more)
         before, after = PAPER[name]
         expected[name], expected[f"{name} + nothing (control)"] = before, ""
         expected[f"{name} + every pseudo-label (eps 0)"] = ""
         expected[f"{name} + SCAR (eps 1)"] = expected[f"{name} + SCAR (eps 4)"] = after
         expected[f"{name} + the most confident (as many as eps 1 keeps)"] = ""
         table2 += [f"{name} (eps {eps})" for eps in (1, 2, 3, 4, 6)]
-    rows = {name: row for name, row in made().rows.items() if "Table" not in name}
-    assert list(rows) == [*expected, *table2]
-    assert {name: rows[name][0] for name in expected} == expected
-    assert {name: tuple(rows[name][:2]) for name in table2} == {
-        name: PAPER.get(name, ("", "")) for name in table2
-    }
-
-
-def test_only_the_first_run_of_a_seed_counts_with_its_own_control(tmp_path, made):
-    """By its folder's name. Pairs are found by theta~, whatever its folder is called."""
-    for name, seed, before, scar, control in (
-        ("a", 0, 80, 84, 83),
-        ("b", 0, 90, 99, 91),
-        ("c", 1, 80, 86, 83),
-        ("d", 2, 80, 82, None),
-    ):
-        write_run(tmp_path, name, before, scar, seed=seed)
-        if control is not None:
-            more = {"theta": name, "select": "none", "seed": seed}
-            write_run(tmp_path, f"{name}-control", before, control, **more)
-            write_run(tmp_path, f"{name}-control-again", before, 10, **more)
-    write_run(tmp_path, "d-control", 80, 10, theta="an older d", select="none", seed=2)
-    write_run(tmp_path / "below", "another study's", 10, 20, seed=3)
     result = made()
-    assert result.rows["FixMatch"][1] == "80.00 ± 0.00 (n = 3)"
-    gains = ["+4.00 ± 2.00 (n = 3)", "+2.00 ± 1.41 (n = 2)"]
-    assert result.rows[SCAR][1:4] == ["84.00 ± 2.00 (n = 3)", *gains]
-    assert result.rows[CONTROL][1] == "83.00 ± 0.00 (n = 2)"
-    assert f"- {SCAR}: 4 runs; only the first of each seed counts\n" in result.text
-    assert "- left out: d-control; no run here pretrained its theta~" in result.text
+    assert [name for name in result.rows if "Table" not in name] == [*expected, *table2]
+    if other:
+        assert "paper" not in result.text and "94.13" not in result.text
+        return
+    assert {name: result.rows[name]["paper"] for name in expected} == expected
+    for name in table2:
+        row = result.rows[name]
+        paper = (row["sensitivity, paper"], row["specificity, paper"])
+        assert paper == PAPER.get(name, ("", "")), name
 
 
 @pytest.mark.parametrize(
-    "known, cell",
+    "change, sentence",
     [
-        ({**counts(0, 0, 0, 0), "added": 85}, "85 whose true label is unknown"),
-        ({**counts(6, 8, 0, 0), "added": 85}, "75.00 (6/8), and 77 whose true label is unknown"),
-        ({**counts(60, 85, 0, 0), "added": 85}, "70.59 (60/85)"),
-        (counts(0, 4, 3, 9), "0.00 (0/4)"),
-        (counts(0, 0, 3, 9), "none (0/0)"),
-    ],
-)
-def test_one_seeds_rates_are_its_counts(known, cell, tmp_path, made):
-    """Of 85 images that joined none, 8, or all have a true label; or none joined."""
-    write_run(tmp_path, "scar", 80, 84, selection=known)
-    write_run(tmp_path, "control", 80, 86.5, theta="scar", select="none")
-    rows = made().rows
-    assert rows[SCAR][1:] == ["84.00 (n = 1)", "+4.00 (n = 1)", "-2.50 (n = 1)", cell]
-    assert rows["FixMatch (eps 1)"][2:] == ["90.00 (9/10)", "25.00 (2/8)"]
-
-
-@pytest.mark.parametrize(
-    "change, sign",
-    [
-        ({"args": {"num_labeled": 50}}, "CIFAR-10, 50 labels, WRN-10-1, 2 + 2 epochs"),
-        ({"args": {"depth": 16}}, "CIFAR-10, 40 labels, WRN-16-1, 2 + 2 epochs"),
-        ({"args": {"width": 2}}, "CIFAR-10, 40 labels, WRN-10-2, 2 + 2 epochs"),
-        ({"args": {"epochs": 5}}, "WRN-10-1, 5 + 5 epochs of 3 steps, batch 4\n"),
-        ({"args": {"steps_per_epoch": 7}}, "WRN-10-1, 2 + 2 epochs of 7 steps, batch 4\n"),
-        ({"args": {"batch_size": 8}}, "WRN-10-1, 2 + 2 epochs of 3 steps, batch 8\n"),
-        ({"args": {"image_size": 48}}, "batch 4, 48 x 48 pixels\n"),
-        ({"args": {"val": 9}}, "batch 4, scored on 9 validation images\n"),
-        ({"args": {"val": 9}}, "validation accuracy"),
-        ({"data": "svhn"}, "svhn, 40 labels, WRN-10-1"),
-        ({"images": "12 + 6, hash 18"}, "images 12 + 6, hash 18\n"),
-        ({"args": {"lr": 0.1}}, "| FixMatch, lr 0.1 + SCAR (eps 1) | 95.17 | 91.00 (n = 1) |"),
-        ({"ranks": 2}, "| FixMatch, ranks 2 + SCAR (eps 1) | 95.17 | 91.00 (n = 1) |"),
-        ({"args": {"mu": 3}}, "| FixMatch, mu 3 + SCAR (eps 1) | 95.17 | 91.00 (n = 1) |"),
-        ({"args": {"mu": 1}}, "| FixMatch + SCAR (eps 1) | 95.17 | 87.50 ± 4.95 (n = 2) |"),
-        ({"args": dict.fromkeys("out data_dir device compile tensorboard table2_eps".split(), 0)},
-         "| FixMatch + SCAR (eps 1) | 95.17 | 87.50 ± 4.95 (n = 2) |"),
+        ({"args": {"epochs": 5}}, "epochs: 2 (a); 5 (b)"),
+        ({"args": {"lr": 0.1}}, "lr: 0.03 (a); 0.1 (b)"),
+        ({"args": {"width": 1}}, "width: 2 (a); 1 (b)"),
+        ({"images": "another"}, "images: a hash (a); another (b)"),
+        ({"ranks": 2}, "ranks: 1 (a); 2 (b)"),
+        ({"seed": 0, "theta": "another"}, "theta~ of seed 0: 10 (a); another (b)"),
+        ({"seed": 0}, "folder of fgsm, eps 1, seed 0: a (a); b (b)"),
     ],
     ids=str,
-)  # fmt: skip
-def test_only_runs_that_differ_in_nothing_that_changes_a_result_are_averaged(
-    change, sign, tmp_path, made
-):
-    """Another kind of run has a table of its own, another setting a row; the rest a mean. The
-    paper's figures stand beside CIFAR-10's alone."""
-    write_run(tmp_path, "a", 80, 84, images="")
-    write_run(tmp_path, "b", 90, 91, seed=1, **{"images": "", **change})
-    text = made().text
-    assert sign in text and text.count("## ") == (1 if "| FixMatch" in sign else 2)
-    if "data" in change:
-        assert "95.17" not in text[text.index("## svhn") :]
+)
+def test_runs_that_differ_are_named_and_not_averaged(change, sentence, tmp_path, made):
+    """The method is left out; others are not."""
+    write_run(tmp_path, "a", "10", "11")
+    write_run(tmp_path, "b", "10", "11", **{"seed": 1, **change})
+    write_run(tmp_path, "c", "10", "11", method="vat")
+    result = made()
+    assert result.code == 1 and sentence in result.errors
+    assert "FixMatch" not in result.text and "| VAT |" in result.text
 
 
-def test_a_fine_tuning_with_other_settings_is_named_beside_its_pretraining(tmp_path, made):
-    """Another lr in a row, another length in a table; each with its own control."""
-    write_run(tmp_path, "a", 80, 84, images="12 + 6", data="mine")
-    more = {"theta": "a", "images": "12 + 6", "data": "a copy"}
-    write_run(tmp_path, "b", 80, 83, args={"lr": 0.1}, **more)
-    write_run(tmp_path, "c", 80, 82, args={"lr": 0.1}, select="none", **more)
-    longer = {"epochs": 5, "steps_per_epoch": 9, "batch_size": 8}
-    write_run(tmp_path, "d", 80, 88, args=longer, **more)
-    write_run(tmp_path, "e", 80, 86, args=longer, select="none", **more)
-    _, same_length, other = made().text.split("## ")
-    head = "mine, 40 labels, WRN-10-1, 2 + 5 epochs of 3 then 9 steps, batch 4 then 8\n"
-    assert other.startswith(head) and "88" not in same_length and "83" not in other
-    assert "| FixMatch | 80.00 (n = 1) |" in other
-    assert "| 88.00 (n = 1) | +8.00 (n = 1) | +2.00 (n = 1) |" in other
-    label = "| FixMatch, lr 0.03 then 0.1 + SCAR (eps 1) |"
-    assert f"{label} 83.00 (n = 1) | +3.00 (n = 1) | +1.00 (n = 1) |" in same_length
-    assert "+ SCAR (eps 1) | 84.00 (n = 1) | +4.00 (n = 1) | - |" in same_length
+def test_runs_may_differ_in_what_changes_no_result(tmp_path, made):
+    write_run(tmp_path, "a", "10", "11")
+    free = dict.fromkeys("out data_dir device compile tensorboard table2_eps pretrained".split(), 0)
+    write_run(tmp_path, "b", "00", "11", seed=1, args=free)
+    result = made()
+    assert result.code == 0 and result.rows[SCAR]["seeds"] == "0 1"
+
+
+def test_other_data_and_validation_images_have_tables_of_their_own(tmp_path, made):
+    write_run(tmp_path, "a", "10", "11")
+    write_run(tmp_path, "b", "10", "11", scored_on="validation", args={"val": 5})
+    write_run(tmp_path, "c", "10", "11", data="cifar10-jpeg")
+    result = made()
+    titles = ["CIFAR-10 (JPEG), test images", "cifar10, test images", "cifar10, validation images"]
+    assert re.findall("## (.*)\n", result.text) == titles and result.code == 0
+
+
+def test_labels_that_cannot_be_checked_are_counted_as_added_alone(tmp_path, made):
+    write_run(tmp_path, "a", "10", "11", selection=counts(6, 8, 0, 0, added=85))
+    row = made().rows[SCAR]
+    assert (row["labels added"], row["right (%)"]) == ("85", "75.00")
 
 
 def test_a_damaged_result_is_named_and_the_others_make_the_tables(tmp_path, made):
@@ -2513,7 +2499,7 @@ def test_a_damaged_result_is_named_and_the_others_make_the_tables(tmp_path, made
         (tmp_path / str(n)).mkdir()
         (tmp_path / str(n) / "result.json").write_text(damage)
     assert made().code == 1 and not (tmp_path / "tables.md").exists()
-    write_run(tmp_path, "scar", 80, 84)
+    write_run(tmp_path, "scar", "10", "11")
     result = made()
     assert result.code == 1 and SCAR in result.rows
     for n in range(4):
@@ -2525,21 +2511,13 @@ assert STUDIES
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
-def test_results_have_the_tables_and_the_figures_of_their_files(study, tables, tmp_path, capsys):
+def test_results_have_the_tables_of_their_files(study, tables, tmp_path, capsys):
     shutil.copytree(study, tmp_path / "study")
     assert tables.main([str(tmp_path / "study")]) == 0
+    printed = capsys.readouterr().out.split("\n\n")
     text = (HERE / "results" / "README.md").read_text(encoding="utf-8")
-    assert capsys.readouterr().out.strip() in text
-    for path in study.glob("*/result.json"):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if result["select"] == "none":  # its theta~ is another run's
-            continue
-        title = {"vat": "VAT", "mixmatch": "MixMatch", "fixmatch": "FixMatch"}[result["method"]]
-        kept = [f"{row['kept']:,}" for row in result["table2"]]
-        assert f"| {title}: number kept | {' | '.join(kept)} |" in text
-        for name, column in {"FGSM": "kept_correct", "confidence": "confidence_correct"}.items():
-            right = [f"{100 * row[column] / row['kept']:.2f}" for row in result["table2"]]
-            assert f"| {title}: {name} | {' | '.join(right)} |" in text
+    assert printed[1].startswith("| Table 1") and printed[1] in text
+    assert printed[2].startswith("| Table 2") and printed[2] in text
 
 
 # --------------------------------------------------------------------------- the README, run_all.sh
