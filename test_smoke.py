@@ -2601,13 +2601,12 @@ def run_all(*options, **variables):
     return SimpleNamespace(code=child.returncode, out=out, errors=errors)
 
 
-@pytest.mark.parametrize("bad", [
-    {"EPOCHS": "0"}, {"SEEDS": "*"}, {"SEEDS": ""}, {"METHODS": "x"}, {"CONTROLS": "x"},
-    "--seed=3", "--epochs", "--data", "--data-dir=x", "--out", "--select", "--pretrained",
-], ids=str)  # fmt: skip
-def test_run_all_refuses_bad_variables_and_options_that_it_sets_itself(bad, tmp_path):
-    options, variables = ([], bad) if isinstance(bad, dict) else ([bad], {})
-    done = run_all(*options, OUT=str(tmp_path / "out"), **variables)
+@pytest.mark.parametrize(
+    "option",
+    "--data --data-dir=x --epochs --seed=3 --select --eps=2 --pretrained --out".split(),
+)
+def test_run_all_refuses_options_that_it_sets_itself(option, tmp_path):
+    done = run_all("--width", 1, option, OUT=str(tmp_path / "out"))
     assert done.code == 2 and re.fullmatch("error: .*\n", done.errors)
     assert not any(tmp_path.iterdir())
 
@@ -2665,19 +2664,19 @@ def test_run_all_runs_the_papers_experiments(commands, monkeypatch):
         assert (c.epochs, c.data, c.data_dir, c.gpu) == (200, "cifar10", "data", "all")
 
 
-@pytest.mark.parametrize("eps", [["--eps", 2], ["--eps=2"]], ids=str)
-def test_run_all_hands_variables_and_options_on(eps, commands):
-    """Controls start from SCAR's pretraining; eps0 is at 0 whatever the options say."""
+def test_run_all_hands_variables_and_options_on(commands):
+    """Controls start from SCAR's pretraining."""
     more = {"DATA": "svhn", "DATA_DIR": "some/data", "EPOCHS": "7", "SEEDS": "3", "GPUS": "5"}
-    more |= {"CONTROLS": "none confidence eps0", "METHODS": "mixmatch"}
-    given = commands("--width", 1, *eps, **more).given
-    kinds = [("fgsm", 2), ("none", 2), ("confidence", 2), ("fgsm", 0)]
+    more |= {"CONTROLS": "none confidence eps0 eps2.5", "METHODS": "vat"}
+    given = commands("--width", 1, "--table2-eps", 2, **more).given
+    kinds = [("fgsm", 6), ("none", 6), ("confidence", 6), ("fgsm", 0), ("fgsm", 2.5)]
     assert [(c.select, c.eps) for c in given] == kinds
     theta = f"{given[0].out}/pretrain.pt"
-    for c, pretrained in zip(given, [None, theta, theta, theta]):
+    for c, pretrained in zip(given, [None, theta, theta, theta, theta]):
         assert (c.epochs, c.data, c.data_dir, c.seed) == (7, "svhn", "some/data", 3)
         assert (c.width, c.pretrained, c.gpu) == (1, pretrained, "5")
-        assert Path(c.out).name == f"mixmatch__svhn__{c.select}-eps{c.eps:g}__seed3"
+        assert Path(c.out).name == f"vat__svhn__{c.select}-eps{c.eps:g}__seed3"
+        assert c.table2_eps == ([2.0] if pretrained is None else [1.0])  # theta~'s is known
 
 
 @pytest.mark.parametrize("gpus", ["", "4 7"])
@@ -2685,7 +2684,8 @@ def test_run_all_hands_variables_and_options_on(eps, commands):
 def test_run_all_goes_on_after_a_failure_and_fails(what, count, gpus, commands):
     """But not with the control of what failed."""
     done = commands(body=f"case $* in {what}) exit 1 ;; esac", SEEDS="3", GPUS=gpus)
-    assert done.code == 1 and "failed" in done.errors and len(done.given) == count
+    assert done.code == 1 and len(done.given) == count
+    assert f"failed: {what.strip('*').split('*')[0]} 3\n" in done.errors
 
 
 def test_run_all_spreads_over_gpus_one_run_at_a_time_on_each(commands, tmp_path):
@@ -2693,23 +2693,27 @@ def test_run_all_spreads_over_gpus_one_run_at_a_time_on_each(commands, tmp_path)
     log = f'"{tmp_path}/on-$CUDA_VISIBLE_DEVICES"'
     body = f"echo start >> {log}; sleep 0.1; echo end >> {log}"
     given = commands(body=body, SEEDS="0 1", GPUS="4 7").given
+    assert len(given) == 12
     for gpu in ("4", "7"):
         own = [(c.method, c.seed, c.select) for c in given if c.gpu == gpu]
-        assert len(own) == 6 and (tmp_path / f"on-{gpu}").read_text() == 6 * "start\nend\n"
+        assert own and (tmp_path / f"on-{gpu}").read_text() == len(own) * "start\nend\n"
         for scar, control in zip(own[::2], own[1::2]):
             assert scar[:2] == control[:2] and (scar[2], control[2]) == ("fgsm", "none")
 
 
-def test_run_all_stopped_ends_its_runs(tmp_path):
-    pid = tmp_path / "pid"
-    (tmp_path / "python").write_text(f'#!/bin/sh\necho $$ > "{pid}"; exec sleep 600\n')
+@pytest.mark.parametrize("gpus", ["", "4 7"])
+def test_run_all_stopped_ends_its_runs(gpus, tmp_path):
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho > "{tmp_path}/pid-$$"; exec sleep 600\n')
     (tmp_path / "python").chmod(0o755)
-    child = start_run_all(PYTHON=str(tmp_path / "python"), OUT=str(tmp_path / "out"))
-    while not pid.exists() or not pid.read_text().strip():
+    child = start_run_all(PYTHON=str(tmp_path / "python"), OUT=str(tmp_path / "out"), GPUS=gpus)
+    while len(pids := list(tmp_path.glob("pid-*"))) < max(1, len(gpus.split())):
         assert child.poll() is None
         time.sleep(0.05)
     child.terminate()
     _, errors = child.communicate(timeout=300)
-    assert "rerun the command to resume" in errors and child.returncode == 1
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
+    assert errors == "stopped; rerun the command to resume\n" and child.returncode == 1
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            for _ in range(200):  # a process takes a moment to end
+                os.kill(int(pid.name.removeprefix("pid-")), 0)
+                time.sleep(0.05)
