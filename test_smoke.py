@@ -2549,7 +2549,7 @@ def test_readmes_options_and_commands_are_taken():
         known |= {"--" + name.replace("_", "-") for name in vars(script.parse_args([]))}
     assert set(re.findall(r"--[a-z][a-z0-9-]+", README)) <= known
     commands = re.findall(r"^python (\w+)_scar\.py (.*)$", README.replace("\\\n", " "), re.M)
-    assert len(commands) >= 5
+    assert len(commands) == 5
     for method, options in commands:
         SCRIPTS[NAMES.index(method)].parse_args(shlex.split(options))
 
@@ -2566,13 +2566,6 @@ def test_readmes_code_to_copy_runs():
     exec(readmes_code("x_adv"), names)
     same(names["inverted"], 255 - names["x_u"])  # what the name says
     assert names["stats"]["kept"] == names["keep"].sum() and names["most_confident"].sum() == 4
-
-
-def test_readmes_drawn_images_are_a_folder_to_train_on(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    exec(readmes_code("mine/train"), {})
-    x, y, x_test, _ = load_images("folder", "mine")
-    assert len(x_test) == 200 and (y >= 0).sum() == 200 and len(x) == 1300
 
 
 def test_readmes_code_for_a_model_classifies(finished, tmp_path, monkeypatch, capsys):
