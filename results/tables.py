@@ -3,10 +3,11 @@
 Reads result.json and test.csv of the finished runs in a folder, prints the tables and writes them
 to tables.md there: means over seeds ± standard deviations.
 
-A gain compares two models that share one theta~ (the model after pretraining, known by a hash of
-its weights): a fine-tuned model with theta~ itself, or with the control, which was fine-tuned from
-the same theta~ with nothing added. z is McNemar's, (b - c) / sqrt(b + c), where b images are right
-only with the first of the two models and c only with the second; each seed has its own.
+A run starts from theta~, the model after pretraining, which is identified by a hash of its weights.
+Its gain over pretraining is its accuracy minus that of its theta~. Its gain over control is its
+accuracy minus that of the control, the run that added nothing to the same theta~. z is McNemar's,
+(b - c) / sqrt(b + c), where b images are right only with the first of the two models and c only
+with the second; each seed has its own, if test.csv is there.
 
 Runs of one method on the same data must agree in all settings that change a result. If they do not,
 the settings are named, the method is left out, and the exit code is 1.
@@ -21,78 +22,80 @@ from pathlib import Path
 from statistics import mean, stdev
 
 NAMES = {"vat": "VAT", "mixmatch": "MixMatch", "fixmatch": "FixMatch"}  # in the tables' order
-KINDS = {  # what was added for the fine-tuning, in the tables' order
+KINDS = {  # what was added to theta~'s labels, in the tables' order
     "none": "nothing (control)",
     "all": "every pseudo-label (eps {:g})",
     "fgsm": "SCAR (eps {:g})",
     "confidence": "the most confident (as many as eps {:g} keeps)",
 }
 TABLE1 = ["Table 1: accuracy (%)", "seeds", "paper", "ours", "gain over pretraining", "z"]
-TABLE1 += ["gain over control", "z", "labels added", "right (%)"]
+TABLE1 += ["gain over control", "z", "labels added", "right, where known (%)"]
 TABLE2 = ["Table 2", "seeds", "sensitivity, paper", "specificity, paper", "images kept"]
 TABLE2 += ["right among kept (%): sensitivity", "right among as many by confidence (%)"]
 TABLE2 += ["wrong among rejected (%): specificity"]
-PAPER = {"data": "cifar10", "val": 0, "num_labeled": 4000, "depth": 28, "width": 2}
-PAPER_TABLE1 = {  # without and with SCAR
-    "vat": ("85.25", "86.79"),
-    "mixmatch": ("89.99", "92.99"),
-    "fixmatch": ("94.13", "95.17"),
+PAPER_SETTINGS = {"data": "cifar10", "val": 0, "num_labeled": 4000, "image_size": 32}
+PAPER_SETTINGS |= {"depth": 28, "width": 2}
+PAPER = {  # Table 1: accuracy; Table 2: sensitivity and specificity
+    "VAT": ["85.25"],
+    "VAT + SCAR (eps 6)": ["86.79"],
+    "MixMatch": ["89.99"],
+    "MixMatch + SCAR (eps 1)": ["92.99"],
+    "FixMatch": ["94.13"],
+    "FixMatch + SCAR (eps 1)": ["95.17"],
+    "VAT (eps 1)": ["92.22 (7587/8227)", "47.10 (835/1773)"],
+    "VAT (eps 2)": ["95.76 (6543/6833)", "37.42 (1185/3167)"],
+    "VAT (eps 3)": ["97.48 (5494/5636)", "30.55 (1333/4364)"],
+    "VAT (eps 4)": ["98.35 (4716/4795)", "26.81 (1396/5205)"],
+    "VAT (eps 6)": ["98.93 (3684/3724)", "22.86 (1435/6276)"],
+    "MixMatch (eps 1)": ["98.91 (6054/6124)", "24.13 (936/3879)"],
+    "FixMatch (eps 1)": ["99.59 (6385/6411)", "15.63 (561/3589)"],
 }
-PAPER_TABLE2 = {  # eps: sensitivity and specificity
-    "vat": {
-        1: ("92.22 (7587/8227)", "47.10 (835/1773)"),
-        2: ("95.76 (6543/6833)", "37.42 (1185/3167)"),
-        3: ("97.48 (5494/5636)", "30.55 (1333/4364)"),
-        4: ("98.35 (4716/4795)", "26.81 (1396/5205)"),
-        6: ("98.93 (3684/3724)", "22.86 (1435/6276)"),
-    },
-    "mixmatch": {1: ("98.91 (6054/6124)", "24.13 (936/3879)")},
-    "fixmatch": {1: ("99.59 (6385/6411)", "15.63 (561/3589)")},
-}
-# Settings that change no result, or that a row names (select, eps) or averages over (seed)
+# Options that change no result, or that have a row or a column of their own
 FREE = "seed select eps table2_eps pretrained out data_dir device compile tensorboard".split()
 
 
 def read_run(path):
-    """A result.json, with what follows from it and from the test.csv beside it."""
+    """A result.json, with the run's place in the tables and what the test.csv beside it says."""
     run = json.loads(path.read_text(encoding="utf-8"))
     run["folder"] = path.parent.name
-    name = {"cifar10-jpeg": "CIFAR-10 (JPEG)"}.get(run["data"], run["data"])
-    run["title"] = f"{name}, {run['scored_on']} images"
-    if run["select"] == "none":
-        run["eps"] = 0  # nothing was attacked
-    run["kind"] = "all" if run["select"] == "fgsm" and run["eps"] == 0 else run["select"]
+    data = {"cifar10-jpeg": "CIFAR-10 (JPEG)"}.get(run["data"], run["data"])
+    run["title"] = f"{data}, {run['scored_on']} images"
+    run["name"] = NAMES[run["method"]]
+    kind = "all" if run["select"] == "fgsm" and run["eps"] == 0 else run["select"]
+    run["row"] = f"{run['name']} + {KINDS[kind].format(run['eps'])}"
+    run["order"] = (list(KINDS).index(kind), run["eps"] if kind != "none" else 0, run["seed"])
     run["settings"] = {name: value for name, value in run["args"].items() if name not in FREE}
     run["settings"] |= {"images": run["images"], "ranks": run["ranks"]}
     run["table2"] = {row["eps"]: row for row in run["table2"]}
-    run["right_before"], run["right_after"] = [], []  # for each image that was scored
+    images = []
     if path.with_name("test.csv").exists():
         with open(path.with_name("test.csv"), newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                run["right_before"].append(row["label"] == row["true_label"])
-                run["right_after"].append(row["final_label"] == row["true_label"])
+            images = list(csv.DictReader(file))
+    right = [image["label"] == image["true_label"] for image in images]
+    final_right = [image["final_label"] == image["true_label"] for image in images]
+    run["before"] = {"accuracy": float(run["pretrain_accuracy"]), "right": right}
+    run["after"] = {"accuracy": float(run["final_accuracy"]), "right": final_right}
     return run
 
 
-def disagreements(runs):
-    """A sentence for each setting that runs of one method do not share: its values, their folders.
-
-    Nor can a second theta~ of a seed be averaged, or a second run of one kind from a theta~.
-    """
+def differences(runs):
+    """A text for each setting that is not the same in all runs: its values, and their folders."""
     folders = {}  # setting -> value -> folders
     for run in runs:
-        settings = {**run["settings"], f"theta~ of seed {run['seed']}": run["theta"]}
-        settings[f"folder of {run['kind']}, eps {run['eps']:g}, seed {run['seed']}"] = run["folder"]
+        settings = {
+            **run["settings"],
+            f"theta~ of seed {run['seed']}": run["theta"],
+            f"seed of theta~ {run['theta']}": run["seed"],
+            f"folder of {run['row']} from theta~ {run['theta']}": run["folder"],  # made twice
+        }
         for name, value in settings.items():
             folders.setdefault(name, {}).setdefault(str(value), []).append(run["folder"])
-    sentences = []
+    texts = []
     for name, values in folders.items():
         if len(values) > 1:
-            which = "; ".join(f"{value} ({', '.join(those)})" for value, those in values.items())
-            sentences.append(
-                f"{NAMES[run['method']]} is left out; its runs differ in {name}: {which}"
-            )
-    return sentences
+            listed = [f"{value} ({', '.join(those)})" for value, those in values.items()]
+            texts.append(f"{name}: {'; '.join(listed)}")
+    return texts
 
 
 def seeds(runs):
@@ -100,72 +103,72 @@ def seeds(runs):
     return " ".join(str(seed) for seed in sorted({run["seed"] for run in runs}))
 
 
-def cell(values):
-    """The mean of numbers, and their standard deviation if there are several."""
+def cell(values, digits=2):
+    """The mean of some numbers, and their standard deviation if there are several."""
     values = list(values)
     if not values:
         return ""
-    digits = 0 if all(isinstance(value, int) for value in values) else 2
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{deviation}"
 
 
 def percent(rows, part, whole):
-    """The mean share of a part in a whole, two columns of the rows, in percent."""
+    """The cell for row[part] / row[whole] in percent."""
     return cell(100 * row[part] / row[whole] for row in rows if row[whole] > 0)
 
 
-def mcnemar(pairs):
-    """z of each pair of models. A model is a list that says for each image whether it is right."""
+def gain(pairs):
+    """Two cells: how many points the first model of each pair is ahead of the second, and z."""
+    points = cell(first["accuracy"] - second["accuracy"] for first, second in pairs)
     z = []
     for first, second in pairs:
-        b = sum(one and not other for one, other in zip(first, second))
-        c = sum(other and not one for one, other in zip(first, second))
-        if first and second:
+        if first["right"] and second["right"]:
+            images = list(zip(first["right"], second["right"], strict=True))
+            b, c = images.count((True, False)), images.count((False, True))
             z.append(f"{(b - c) / math.sqrt(max(1, b + c)):.1f}")
-    return ", ".join(z)
+    return points, ", ".join(z)
 
 
 def table1_rows(runs, paper):
-    """Rows of Table 1 for the runs of one method. paper: accuracy without and with SCAR."""
-    method = NAMES[runs[0]["method"]]
-    thetas = {run["theta"]: run["pretrain_accuracy"] for run in runs}
-    rows = [[method, seeds(runs), paper[0], cell(thetas.values()), *[""] * 6]]
-    controls = {run["theta"]: run for run in runs if run["kind"] == "none"}
-    for kind, title in KINDS.items():
-        for eps in sorted({run["eps"] for run in runs if run["kind"] == kind}):
-            same = [run for run in runs if (run["kind"], run["eps"]) == (kind, eps)]
-            pairs = []
-            if kind != "none":
-                pairs = [(run, controls[run["theta"]]) for run in same if run["theta"] in controls]
-            selections = [run["selection"] for run in same]
-            row = [
-                f"{method} + {title.format(eps)}",
-                seeds(same),
-                paper[1] if kind == "fgsm" else "",
-                cell(run["final_accuracy"] for run in same),
-                cell(run["final_accuracy"] - run["pretrain_accuracy"] for run in same),
-                mcnemar([(run["right_after"], run["right_before"]) for run in same]),
-                cell(run["final_accuracy"] - control["final_accuracy"] for run, control in pairs),
-                mcnemar([(run["right_after"], control["right_after"]) for run, control in pairs]),
-                cell(selection["added"] for selection in selections),
-                percent(selections, "kept_correct", "kept"),
-            ]
-            rows.append(row)
+    """The rows of Table 1 for the runs of one method."""
+    name = runs[0]["name"]
+    thetas = {run["theta"]: run["before"]["accuracy"] for run in runs}
+    rows = [[name, seeds(runs), *paper.get(name, [""]), cell(thetas.values()), *[""] * 6]]
+    controls = {run["theta"]: run["after"] for run in runs if run["select"] == "none"}
+    for title in dict.fromkeys(run["row"] for run in runs):
+        same = [run for run in runs if run["row"] == title]
+        paired = [run for run in same if run["select"] != "none" and run["theta"] in controls]
+        points, z = gain([(run["after"], controls[run["theta"]]) for run in paired])
+        if 0 < len(paired) < len(same):
+            points += f" (seeds {seeds(paired)})"
+        selections = [run["selection"] for run in same]
+        row = [
+            title,
+            seeds(same),
+            *paper.get(title, [""]),
+            cell(run["after"]["accuracy"] for run in same),
+            *gain([(run["after"], run["before"]) for run in same]),
+            points,
+            z,
+            cell((selection["added"] for selection in selections), digits=0),
+            percent(selections, "kept_correct", "kept"),
+        ]
+        rows.append(row)
     return rows
 
 
 def table2_rows(runs, paper):
-    """Rows of Table 2 for the runs of one method. paper: sensitivity and specificity by eps."""
+    """The rows of Table 2 for the runs of one method, one for each eps."""
     rows = []
     for eps in sorted({eps for run in runs for eps in run["table2"]}):
-        measured = {run["theta"]: run for run in runs if eps in run["table2"]}.values()
-        counts = [run["table2"][eps] for run in measured]
+        title = f"{runs[0]['name']} (eps {eps:g})"
+        of_theta = {run["theta"]: run for run in runs if eps in run["table2"]}.values()
+        counts = [run["table2"][eps] for run in of_theta]
         row = [
-            f"{NAMES[runs[0]['method']]} (eps {eps:g})",
-            seeds(measured),
-            *paper.get(eps, ("", "")),
-            cell(row["kept"] for row in counts),
+            title,
+            seeds(of_theta),
+            *paper.get(title, ["", ""]),
+            cell((row["kept"] for row in counts), digits=0),
             percent(counts, "kept_correct", "kept"),
             percent(counts, "confidence_correct", "kept"),
             percent(counts, "rejected_wrong", "rejected"),
@@ -175,16 +178,17 @@ def table2_rows(runs, paper):
 
 
 def notes_on(runs):
-    """What the runs of one method were asked for, took, and lack."""
-    method, settings = NAMES[runs[0]["method"]], runs[0]["settings"]
-    options = ", ".join(f"{name} {value}" for name, value in settings.items())
+    """The settings of one method's runs, the machines, and the runs that are missing."""
+    options = ", ".join(f"{name} {value}" for name, value in runs[0]["settings"].items())
     machines = sorted({f"{run['device']}, torch {run['versions']['torch']}" for run in runs})
-    hours = sum(run["seconds"] for run in runs) / 3600
-    notes = [f"- {method}: {options}; {hours:.1f} hours on {'; '.join(machines)}"]
-    controlled = {run["theta"] for run in runs if run["kind"] == "none"}
-    alone = [run["folder"] for run in runs if run["theta"] not in controlled]
-    if alone:
-        notes.append(f"- {method}: no control has the theta~ of {', '.join(alone)}")
+    notes = [f"- {runs[0]['name']}: {options}; on {'; '.join(machines)}"]
+    controlled = {run["theta"] for run in runs if run["select"] == "none"}
+    pretrained = {run["theta"] for run in runs if run["args"]["pretrained"] is None}
+    for run in runs:
+        if run["theta"] not in controlled:
+            notes.append(f"- missing: a control from the theta~ of {run['folder']}")
+        if run["theta"] not in pretrained:
+            notes.append(f"- missing: the run that pretrained the theta~ of {run['folder']}")
     return notes
 
 
@@ -196,42 +200,41 @@ def markdown(heading, rows):
 
 
 def main(argv=None):
-    """Prints and writes the tables; returns 1 if there is a result that they leave out."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Prints and writes the tables; returns 1 if a run or a method is left out."""
+    parser = argparse.ArgumentParser(description="Makes Table 1 and Table 2 from finished runs.")
     parser.add_argument("runs", type=Path, help="the folder that holds the run folders")
     folder = parser.parse_args(argv).runs
+    paths = sorted(folder.glob("*/result.json"))
+    if not paths:
+        parser.error(f"{folder} holds no finished run")
     runs, errors = [], []
-    for path in sorted(folder.glob("*/result.json")):
+    for path in paths:
         try:
             runs.append(read_run(path))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            errors.append(f"{path} is damaged, or of another version: {error!r}")
-    if not runs:
-        errors.append(f"{folder} has no finished run")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            errors.append(f"error: {path} is damaged, or of another version: {error!r}")
 
-    runs.sort(key=lambda run: run["seed"])
+    runs.sort(key=lambda run: run["order"])
     lines = []
     for title in sorted({run["title"] for run in runs}):
         table1, table2, notes = [], [], []
-        for method in NAMES:
-            same = [run for run in runs if (run["title"], run["method"]) == (title, method)]
-            differences = disagreements(same)
-            errors += differences
-            if same and not differences:
-                settings = same[0]["settings"]
-                as_in_paper = all(settings[name] == PAPER[name] for name in PAPER)
-                table1 += table1_rows(same, PAPER_TABLE1[method] if as_in_paper else ("", ""))
-                table2 += table2_rows(same, PAPER_TABLE2[method] if as_in_paper else {})
+        for name in NAMES.values():
+            same = [run for run in runs if (run["title"], run["name"]) == (title, name)]
+            differing = differences(same)
+            for text in differing:
+                errors.append(f"error: {title}: {name} is left out; its runs differ in {text}")
+            if same and not differing:
+                as_in_paper = PAPER_SETTINGS.items() <= same[0]["settings"].items()
+                paper = PAPER if as_in_paper else {}
+                table1 += table1_rows(same, paper)
+                table2 += table2_rows(same, paper)
                 notes += notes_on(same)
         if notes:
             lines += [f"## {title}", "", *markdown(TABLE1, table1), *markdown(TABLE2, table2)]
             lines += [*notes, ""]
-    text = "\n".join(lines)
+    text = "\n".join([*lines, *errors, ""])
+    (folder / "tables.md").write_text(text, encoding="utf-8")
     print(text, end="")
-    if text:
-        (folder / "tables.md").write_text(text, encoding="utf-8")
-    for sentence in errors:
-        print(f"error: {sentence}", file=sys.stderr)
     return 1 if errors else 0
 
 
