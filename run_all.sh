@@ -42,10 +42,8 @@ rows() { # method seed [option ...]: SCAR, then its controls from the same pretr
     run fgsm "$eps" "$@" || return 1
     set -- "$@" --table2-eps 1 --pretrained "$(folder fgsm "$eps")/pretrain.pt"
     for control in $CONTROLS; do
-        case $control in
-            eps*) run fgsm "${control#eps}" "$@" || failed=1 ;;
-            *) run "$control" "$eps" "$@" || failed=1 ;;
-        esac
+        [[ $control = eps* ]] && control="fgsm ${control#eps}" || control="$control $eps"
+        run $control "$@" || failed=1
     done
     return "$failed"
 }

@@ -2372,7 +2372,8 @@ def test_tables_have_means_deviations_and_gains_paired_by_theta(tmp_path, made):
         more = {"seed": seed, "table2": [row]}
         write_run(tmp_path, f"scar{seed}", theta[seed], scar[seed], selection=selection, **more)
         if seed in control:
-            more |= {"select": "none", "eps": 1.0 + seed, "selection": counts(0, 0, 0, 0, added=0)}
+            eps = 1.0 if seed == 0 else 0.0  # means nothing here
+            more |= {"select": "none", "eps": eps, "selection": counts(0, 0, 0, 0, added=0)}
             write_run(tmp_path, f"{9 - seed}control", theta[seed], control[seed], **more)
     result = made()
     assert result.code == 0 and "error" not in result.text
