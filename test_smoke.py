@@ -2724,7 +2724,7 @@ def test_run_all_stopped_ends_its_runs(gpus, tmp_path):
         assert child.poll() is None
         time.sleep(0.05)
     child.terminate()
-    _, errors = child.communicate(timeout=300)
+    _, errors = child.communicate(timeout=60)
     assert errors == "stopped; rerun the command to resume\n" and child.returncode == 1
     for pid in pids:
         with pytest.raises(ProcessLookupError):
