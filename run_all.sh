@@ -9,9 +9,12 @@
 #
 # Rerun the command to resume. The tables are printed and written to OUT/tables.md.
 
-set -ufm # -f: SEEDS='*' must not become file names; -m: xargs leads a process group of all runs
+set -ufm # -f: SEEDS='*' must not become file names; -m: a process group for all runs, see stop
 export DATA=${DATA-cifar10} DATA_DIR=${DATA_DIR-data} EPOCHS=${EPOCHS-200} OUT=${OUT-runs}
-export CONTROLS=${CONTROLS-none} GPUS=${GPUS-} PYTHON=${PYTHON-python}
+export GPUS=${GPUS-} CONTROLS=${CONTROLS-none} PYTHON=${PYTHON-python}
+SEEDS=${SEEDS-0 1 2} METHODS=${METHODS-vat mixmatch fixmatch}
+
+GPUS=${GPUS//,/ }
 export SCRIPTS=$(cd "$(dirname "$0")" && pwd)
 own=" --data --data-dir --epochs --seed --select --eps --pretrained --out "
 for word in "$@"; do
@@ -20,17 +23,18 @@ for word in "$@"; do
         exit 2
     fi
 done
-mkdir -p "$OUT" || exit
+mkdir -p "$OUT" && type "$PYTHON" > /dev/null || exit
 
-rows() { # method seed [option ...]: SCAR, then its controls from the same pretraining
-    local method=$1 seed=$2 eps=1 name=$DATA gpus=($GPUS) failed=0 control
-    shift 2
+train() { # "method seed" [option ...]: SCAR, then its controls from the same pretraining
+    local method=${1% *} seed=${1#* } eps=1 name=$DATA gpus=($GPUS) failed=0 control
+    shift
     [ "$method" != vat ] || eps=6
     [ "$DATA" != folder ] || name=$(basename "$(realpath -m "$DATA_DIR")")
     [ -z "$GPUS" ] || export CUDA_VISIBLE_DEVICES=${gpus[$SLOT]}
     if [ ${#gpus[@]} -gt 1 ]; then
-        echo "$method, seed $seed: on GPU ${gpus[$SLOT]}, output in $OUT/${method}__seed$seed.log"
-        exec >> "$OUT/${method}__seed$seed.log" 2>&1
+        local log=$OUT/${method}__${name}__seed$seed.log
+        echo "$method, seed $seed: on GPU ${gpus[$SLOT]}, output in $log"
+        exec >> "$log" 2>&1
     fi
     folder() { echo "$OUT/${method}__${name}__$1-eps${2}__seed$seed"; } # as the script names it
     run() { # select eps [option ...]
@@ -42,18 +46,21 @@ rows() { # method seed [option ...]: SCAR, then its controls from the same pretr
     run fgsm "$eps" "$@" || return 1
     set -- "$@" --table2-eps 1 --pretrained "$(folder fgsm "$eps")/pretrain.pt"
     for control in $CONTROLS; do
-        [[ $control = eps* ]] && control="fgsm ${control#eps}" || control="$control $eps"
-        run $control "$@" || failed=1
+        case $control in
+            "eps$eps") ;; # the run above
+            eps*) run fgsm "${control#eps}" "$@" || failed=1 ;;
+            *) run "$control" "$eps" "$@" || failed=1 ;;
+        esac
     done
     return "$failed"
 }
-export -f rows
+export -f train
 
 gpus=(${GPUS:-default})
-for seed in ${SEEDS-0 1 2}; do
-    for method in ${METHODS-vat mixmatch fixmatch}; do echo "$method $seed"; done
+for seed in $SEEDS; do
+    for method in $METHODS; do echo "$method $seed"; done
 done | xargs -P "${#gpus[@]}" --process-slot-var=SLOT -I{} \
-    bash -c '(rows {} "$@") || { echo "failed: {}" >&2; exit 1; }' rows "$@" &
+    bash -c '(train "$@") || { echo "failed: $1" >&2; exit 1; }' train {} "$@" &
 stop() {
     { kill -- "-$(jobs -p)"; wait; } 2> /dev/null
     echo "stopped; rerun the command to resume" >&2

@@ -1,8 +1,8 @@
 """Draws a study's figure: python results/plot.py results/h100 results/h100.svg (needs matplotlib).
 
 Left: test accuracy over epochs, in pretraining and then with SCAR (solid) and in the control
-(dashed). Right: how many of the labels that FGSM keeps are right, over eps (solid), and how many of
-as many labels chosen by confidence (dashed).
+(dashed). Right: the share of correct labels among those that FGSM keeps, over eps (solid), and
+among as many chosen by confidence (dashed).
 """
 
 import csv
@@ -32,8 +32,8 @@ def draw_accuracy(axes, result, rows):
     axes.plot(after, accuracy["finetune"], style, color=color)
 
 
-def draw_right_labels(axes, method, rows, correct, style):
-    """Draws the share of right labels over eps, in percent; the column `correct` counts them."""
+def draw_correct_labels(axes, method, rows, correct, style):
+    """Draws the share of correct labels over eps, in percent; the column `correct` counts them."""
     rows = [row for row in rows if row["kept"] > 0]
     eps = [row["eps"] for row in rows]
     share = [100 * row[correct] / row["kept"] for row in rows]
@@ -54,8 +54,8 @@ def main(study, target):
             draw_accuracy(left, result, list(csv.DictReader(file)))
         if result["args"]["pretrained"] is None:  # each theta~ once
             rows = result["table2"]
-            draw_right_labels(right, result["method"], rows, "kept_correct", SCAR)
-            draw_right_labels(right, result["method"], rows, "confidence_correct", COMPARED)
+            draw_correct_labels(right, result["method"], rows, "kept_correct", SCAR)
+            draw_correct_labels(right, result["method"], rows, "confidence_correct", COMPARED)
     if not methods:
         sys.exit(f"error: {study} has no finished runs")
 
@@ -69,7 +69,7 @@ def main(study, target):
     left.legend(loc="lower right")
     right.plot([], [], SCAR, color="black", label="FGSM")
     right.plot([], [], COMPARED, color="black", label="confidence, as many images")
-    right.set(xlabel="eps (1/255)", ylabel="right among the kept labels (%)")
+    right.set(xlabel="eps (1/255)", ylabel="correct among the kept labels (%)")
     right.legend(loc="lower left")
     figure.savefig(target, metadata={"Date": None})
 

@@ -29,9 +29,9 @@ KINDS = {  # what was added to theta~'s labels, in the tables' order
     "confidence": "the most confident (as many as eps {:g} keeps)",
 }
 TABLE1 = ["Table 1: accuracy (%)", "seeds", "paper", "ours", "gain over pretraining", "z"]
-TABLE1 += ["gain over control", "z", "labels added", "right, where known (%)"]
+TABLE1 += ["gain over control", "z", "labels added", "correct, where known (%)"]
 TABLE2 = ["Table 2", "seeds", "sensitivity, paper", "specificity, paper", "images kept"]
-TABLE2 += ["right among kept (%): sensitivity", "right among as many by confidence (%)"]
+TABLE2 += ["correct among kept (%): sensitivity", "correct among as many by confidence (%)"]
 TABLE2 += ["wrong among rejected (%): specificity"]
 PAPER_SETTINGS = {"data": "cifar10", "val": 0, "num_labeled": 4000, "image_size": 32}
 PAPER_SETTINGS |= {"depth": 28, "width": 2}
