@@ -16,13 +16,10 @@ SEEDS=${SEEDS-0 1 2} METHODS=${METHODS-vat mixmatch fixmatch}
 
 GPUS=${GPUS//,/ }
 export SCRIPTS=$(cd "$(dirname "$0")" && pwd)
-own=" --data --data-dir --epochs --seed --select --eps --pretrained --out "
-for word in "$@"; do
-    if [[ $own = *" ${word%%=*} "* ]]; then
-        echo "error: run_all.sh sets ${word%%=*} itself; use the variables at its top" >&2
-        exit 2
-    fi
-done
+if [[ " $* " =~ \ (--(data|data-dir|epochs|seed|select|eps|pretrained|out))[\ =] ]]; then
+    echo "error: run_all.sh sets ${BASH_REMATCH[1]} itself; use the variables at its top" >&2
+    exit 2
+fi
 mkdir -p "$OUT" && type "$PYTHON" > /dev/null || exit
 
 train() { # "method seed" [option ...]: SCAR, then its controls from the same pretraining
