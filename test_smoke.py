@@ -2422,7 +2422,15 @@ PAPER = {  # Table 1: accuracy; Table 2: sensitivity and specificity
 
 @pytest.mark.parametrize(
     "other",
-    [{}, {"data": "folder"}, {"num_labeled": 250}, {"image_size": 16}, {"depth": 10}, {"width": 1}],
+    [
+        {},
+        {"data": "folder"},
+        {"val": 5},
+        {"num_labeled": 250},
+        {"image_size": 16},
+        {"depth": 10},
+        {"width": 1},
+    ],
     ids=str,
 )
 def test_rows_are_in_the_papers_order_beside_its_figures_if_its_settings_are_the_same(
@@ -2522,9 +2530,8 @@ def test_a_damaged_result_is_named_and_the_others_make_the_tables(tmp_path, made
 def test_a_folder_without_finished_runs_is_refused(tables, tmp_path, capsys):
     with pytest.raises(SystemExit) as refused:
         tables.main([str(tmp_path)])
-    assert (
-        refused.value.code == 2 and f"{tmp_path} holds no finished run" in capsys.readouterr().err
-    )
+    assert refused.value.code == 2
+    assert f"{tmp_path} holds no finished run" in capsys.readouterr().err
 
 
 STUDIES = sorted({path.parent.parent for path in HERE.glob("results/*/*/result.json")})
@@ -2664,7 +2671,10 @@ def commands(tmp_path):
 
 
 def test_run_all_runs_the_papers_experiments(commands, monkeypatch):
-    """Each method and its control for three seeds, 200 epochs on CIFAR-10, at the paper's eps."""
+    """Each method and its control for three seeds, 200 epochs on CIFAR-10, at the paper's eps.
+
+    What the README's first commands have trained is what it finds: same settings, same folder.
+    """
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     done = commands()
     assert done.code == 0
@@ -2676,10 +2686,17 @@ def test_run_all_runs_the_papers_experiments(commands, monkeypatch):
     ]
     for c in done.given:
         assert (c.epochs, c.data, c.data_dir, c.gpu) == (200, "cifar10", "data", "all")
+    commands_alone = re.findall(r"^python (\w+)_scar\.py (--eps . --epochs 200)$", README, re.M)
+    assert len(commands_alone) == 3
+    for method, options in commands_alone:
+        alone = vars(SCRIPTS[NAMES.index(method)].parse_args(options.split()))
+        (same,) = [c for c in done.given if (c.method, c.seed, c.select) == (method, 0, "fgsm")]
+        out = str(Path(same.out).parent / Path(alone["out"]).name)
+        assert {**alone, "out": out, "method": method, "gpu": "all"} == vars(same)
 
 
 def test_run_all_hands_variables_and_options_on(commands):
-    """Controls start from SCAR's pretraining; eps6, which is SCAR itself with VAT, is not repeated."""
+    """Controls start from SCAR's pretraining; eps6, which is SCAR's own with VAT, is not repeated."""
     more = {"DATA": "svhn", "DATA_DIR": "some/data", "EPOCHS": "7", "SEEDS": "3", "GPUS": "5"}
     more |= {"CONTROLS": "none confidence eps0 eps6 eps2.5", "METHODS": "vat"}
     given = commands("--width", 1, "--table2-eps", 2, **more).given

@@ -50,7 +50,8 @@ PAPER = {  # Table 1: accuracy; Table 2: sensitivity and specificity
     "MixMatch (eps 1)": ["98.91 (6054/6124)", "24.13 (936/3879)"],
     "FixMatch (eps 1)": ["99.59 (6385/6411)", "15.63 (561/3589)"],
 }
-# Options that change no result, or that have a row or a column of their own
+# Options that change no result, or that have a row or a column of their own; theta~'s hash stands
+# for pretrained
 FREE = "seed select eps table2_eps pretrained out data_dir device compile tensorboard".split()
 
 
