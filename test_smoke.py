@@ -2696,7 +2696,7 @@ def test_run_all_runs_the_papers_experiments(commands, monkeypatch):
 
 
 def test_run_all_hands_variables_and_options_on(commands):
-    """Controls start from SCAR's pretraining; eps6, which is SCAR's own with VAT, is not repeated."""
+    """Controls start from SCAR's pretraining; eps6, SCAR's own with VAT, is not repeated."""
     more = {"DATA": "svhn", "DATA_DIR": "some/data", "EPOCHS": "7", "SEEDS": "3", "GPUS": "5"}
     more |= {"CONTROLS": "none confidence eps0 eps6 eps2.5", "METHODS": "vat"}
     given = commands("--width", 1, "--table2-eps", 2, **more).given
